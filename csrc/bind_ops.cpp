@@ -1,0 +1,349 @@
+// The torch operators of the CPU kernels, by torch's stable ABI: checks tensors, allocates results, fills the plain
+// parameter struct. The public op has checked everything in words a user understands; the checks here are what keeps
+// a direct call of these private ops from reading outside of its tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/levels.h"
+#include "lam.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+lam::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return lam::DType::f32;
+    case ScalarType::BFloat16:
+      return lam::DType::bf16;
+    case ScalarType::Half:
+      return lam::DType::f16;
+    case ScalarType::Double:
+      return lam::DType::f64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+  }
+}
+
+// A size of -1 takes anything.
+void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, bool broadcast = false) {
+  STD_TORCH_CHECK(t.defined() && t.is_cpu(), name, " must be a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " axes, has ",
+                  t.dim());
+  const auto actual = t.sizes();
+  size_t axis = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size == -1 || actual[axis] == size || (broadcast && actual[axis] == 1), name, ": axis ", axis,
+                    " has size ", actual[axis], ", expected ", size);
+    ++axis;
+  }
+  STD_TORCH_CHECK(t.numel() == 0 || t.const_data_ptr() != nullptr, name, " has no memory");
+}
+
+void check_scalar_type(const Tensor& t, const char* name, ScalarType expected, const char* expected_name) {
+  STD_TORCH_CHECK(t.scalar_type() == expected, name, " must be ", expected_name);
+}
+
+// Kernels read their inputs through const access only; the struct has one pointer type for both directions.
+void* input_data(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+int64_t stride_or_broadcast(const Tensor& t, int64_t axis) { return t.size(axis) == 1 ? 0 : t.stride(axis); }
+
+Tensor with_unit_last_stride(const Tensor& t) {
+  return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+lam::View view(void* data, lam::DType dtype, const Tensor& t) {
+  lam::View v{data, dtype, {0, 0, 0, 0}};
+  for (int64_t axis = 0; axis < t.dim(); ++axis) v.stride[axis] = stride_or_broadcast(t, axis);
+  return v;
+}
+
+lam::View row_view(const Tensor& t, lam::DType dtype) {  // query, key, value, grad_out
+  lam::View v = view(input_data(t), dtype, t);
+  v.stride[3] = 1;
+  return v;
+}
+
+lam::View mask_view(const OptionalTensor& t, const char* name, const lam::MaskedAttentionParams& p) {
+  if (!t) return {};
+  check_tensor(*t, name, {p.B, p.H, p.Lq, p.Lk}, /*broadcast=*/true);
+  const lam::DType dtype = dtype_of(*t, name);
+  STD_TORCH_CHECK(dtype != lam::DType::f64 || p.query.dtype == lam::DType::f64, name,
+                  " may be float64 only if query is");
+  return view(input_data(*t), dtype, *t);
+}
+
+// Every axis counts, also one of size 1: a result is addressed as what it is, [B, H, L, ...] contiguous.
+lam::View result_view(const Tensor& t, lam::DType dtype) {
+  lam::View v{t.mutable_data_ptr(), dtype, {0, 0, 0, 0}};
+  for (int64_t axis = 0; axis < t.dim(); ++axis) v.stride[axis] = t.stride(axis);
+  return v;
+}
+
+std::vector<lam::SegmentIds> parse_segments(const std::vector<Tensor>& ids, const lam::MaskedAttentionParams& p) {
+  STD_TORCH_CHECK(ids.size() % 2 == 0, "segment_ids must come in pairs of query and key ids");
+  std::vector<lam::SegmentIds> segments;
+  for (size_t s = 0; s < ids.size(); s += 2) {
+    const Tensor &query = ids[s], &key = ids[s + 1];
+    check_tensor(query, "segment_ids of queries", {-1, p.Lq});
+    check_tensor(key, "segment_ids of keys", {-1, p.Lk});
+    for (const Tensor* t : {&query, &key}) {
+      STD_TORCH_CHECK(t->size(0) == p.B || t->size(0) == 1, "segment_ids: axis 0 must be the batch size or 1");
+      check_scalar_type(*t, "segment_ids", ScalarType::Long, "int64");
+    }
+    segments.push_back({static_cast<const int64_t*>(query.const_data_ptr()),
+                        static_cast<const int64_t*>(key.const_data_ptr()), stride_or_broadcast(query, 0),
+                        stride_or_broadcast(query, 1), stride_or_broadcast(key, 0), stride_or_broadcast(key, 1)});
+  }
+  return segments;
+}
+
+// [] or n_specs followed by n_specs times (n_terms, 4 x (kind, end_aligned, a, b)).
+std::vector<lam::PatternSpec> parse_patterns(const std::vector<int64_t>& ints, int64_t H, int64_t n_segments) {
+  constexpr size_t kTermInts = 4, kSpecInts = 1 + kTermInts * lam::kMaxPatternTerms;
+  if (ints.empty()) return {};
+  const int64_t n_specs = ints[0];
+  STD_TORCH_CHECK(n_specs == 1 || n_specs == H, "pattern: expected 1 or ", H, " specs, got ", n_specs);
+  STD_TORCH_CHECK(ints.size() == 1 + static_cast<size_t>(n_specs) * kSpecInts, "pattern: ", ints.size(),
+                  " integers do not hold ", n_specs, " specs");
+  std::vector<lam::PatternSpec> specs(static_cast<size_t>(n_specs));
+  const int64_t* at = ints.data() + 1;
+  for (lam::PatternSpec& spec : specs) {
+    STD_TORCH_CHECK(at[0] >= 0 && at[0] <= lam::kMaxPatternTerms, "pattern: a spec has ", at[0], " terms");
+    spec.n_terms = static_cast<int32_t>(at[0]);
+    for (int32_t t = 0; t < spec.n_terms; ++t) {
+      const int64_t* term = at + 1 + kTermInts * static_cast<size_t>(t);
+      const int64_t kind = term[0], a = term[2], b = term[3];
+      STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(lam::PatternKind::segments), "pattern: no kind ", kind);
+      STD_TORCH_CHECK(term[1] == 0 || term[1] == 1, "pattern: end_aligned must be 0 or 1, got ", term[1]);
+      spec.terms[t] = {static_cast<lam::PatternKind>(kind), static_cast<int32_t>(term[1]), a, b};
+      switch (spec.terms[t].kind) {
+        case lam::PatternKind::block_diagonal:
+          STD_TORCH_CHECK(a >= 1, "pattern: block must be at least 1, got ", a);
+          break;
+        case lam::PatternKind::dilated_toeplitz:
+          STD_TORCH_CHECK(b >= 1, "pattern: dilation must be at least 1, got ", b);
+          [[fallthrough]];
+        case lam::PatternKind::toeplitz:
+          STD_TORCH_CHECK(a >= 0, "pattern: radius must be at least 0, got ", a);
+          break;
+        case lam::PatternKind::segments:
+          STD_TORCH_CHECK(a >= 0 && a < n_segments, "pattern: no pair of segment_ids ", a);
+          break;
+        case lam::PatternKind::causal:
+          break;
+      }
+    }
+    at += kSpecInts;
+  }
+  return specs;
+}
+
+// A task of the kernel runs exactly once, on the lane of its own index if there is one: a kernel that asks for as many
+// tasks as threads, several times, finds its data in the same core's cache. Further tasks go to whoever is free.
+void parallel_for(int64_t n, void (*body)(void*, int64_t), void* ctx) {
+  if (n <= 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t lanes = n < threads ? n : threads;
+  if (lanes == 1) {
+    for (int64_t task = 0; task < n; ++task) body(ctx, task);
+    return;
+  }
+  std::atomic<int64_t> next{lanes};
+  torch::stable::parallel_for(0, lanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t lane = begin; lane < end; ++lane) body(ctx, lane);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(ctx, task);
+  });
+}
+
+// The operands that forward and backward share, checked, and what must outlive the kernel's call.
+struct Call {
+  lam::MaskedAttentionParams p{};
+  Tensor query, key, value;
+  std::vector<lam::SegmentIds> segments;
+  std::vector<lam::PatternSpec> patterns;
+
+  Call(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const OptionalTensor& multiplier,
+       const OptionalTensor& bias, const OptionalTensor& attn_mask, const OptionalTensor& key_mask,
+       const std::vector<Tensor>& segment_ids, const OptionalTensor& rng_state, const std::vector<int64_t>& pattern,
+       double scale, double dropout_p, bool gate)
+      : query(query_in), key(key_in), value(value_in) {
+    STD_TORCH_CHECK(*lam::level_error() == '\0', lam::level_error());
+    check_tensor(query, "query", {-1, -1, -1, -1});
+    p.B = query.size(0), p.H = query.size(1), p.Lq = query.size(2), p.D = query.size(3);
+    check_tensor(key, "key", {p.B, -1, -1, p.D});
+    p.Hkv = key.size(1), p.Lk = key.size(2);
+    check_tensor(value, "value", {p.B, p.Hkv, p.Lk, -1});
+    p.Dv = value.size(3);
+    STD_TORCH_CHECK(p.Hkv == 0 ? p.H == 0 : p.H % p.Hkv == 0, "query has ", p.H,
+                    " heads, which is no multiple of the ", p.Hkv, " heads of key and value");
+    STD_TORCH_CHECK(p.D >= 1 && p.D <= 256 && p.Dv >= 1 && p.Dv <= 256, "head dims must be 1 to 256, got ", p.D,
+                    " and ", p.Dv);
+    const lam::DType dtype = dtype_of(query, "query");
+    STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+                    "query, key and value must have one dtype");
+    query = with_unit_last_stride(query), key = with_unit_last_stride(key), value = with_unit_last_stride(value);
+    p.query = row_view(query, dtype), p.key = row_view(key, dtype), p.value = row_view(value, dtype);
+
+    p.multiplier = mask_view(multiplier, "multiplier", p);
+    p.bias = mask_view(bias, "bias", p);
+    if (attn_mask) {
+      check_tensor(*attn_mask, "attn_mask", {p.B, p.H, p.Lq, p.Lk}, /*broadcast=*/true);
+      check_scalar_type(*attn_mask, "attn_mask", ScalarType::Bool, "bool");
+      p.attn_mask = view(input_data(*attn_mask), lam::DType::f32, *attn_mask);
+    }
+    if (key_mask) {
+      check_tensor(*key_mask, "key_mask", {p.B, p.Lk});
+      check_scalar_type(*key_mask, "key_mask", ScalarType::Bool, "bool");
+      p.key_mask.data = input_data(*key_mask);
+      p.key_mask.stride[0] = stride_or_broadcast(*key_mask, 0);
+      p.key_mask.stride[3] = stride_or_broadcast(*key_mask, 1);
+    }
+
+    segments = parse_segments(segment_ids, p);
+    patterns = parse_patterns(pattern, p.H, static_cast<int64_t>(segments.size()));
+    p.n_patterns = static_cast<int64_t>(patterns.size());
+    p.patterns = patterns.data();
+    p.segments = segments.data();
+
+    STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ", dropout_p);
+    if (dropout_p > 0.0) {
+      STD_TORCH_CHECK(rng_state.has_value(), "dropout needs rng_state");
+      check_tensor(*rng_state, "rng_state", {2});
+      check_scalar_type(*rng_state, "rng_state", ScalarType::Long, "int64");
+      const auto* state = static_cast<const int64_t*>(rng_state->const_data_ptr());
+      p.dropout_seed = state[0];
+      p.dropout_offset = state[rng_state->stride(0)];
+    }
+    p.scale = scale;
+    p.dropout_p = dropout_p;
+    p.gate = gate;
+    p.num_threads = torch::stable::get_num_threads();
+    p.parallel_for = parallel_for;
+  }
+
+  Call(const Call&) = delete;  // p points into the vectors
+  Call& operator=(const Call&) = delete;
+
+  bool no_pairs() const { return p.B == 0 || p.H == 0 || p.Lq == 0 || p.Lk == 0; }
+  ScalarType lse_dtype() const { return p.query.dtype == lam::DType::f64 ? ScalarType::Double : ScalarType::Float; }
+  lam::DType lse_kernel_dtype() const {
+    return p.query.dtype == lam::DType::f64 ? lam::DType::f64 : lam::DType::f32;
+  }
+
+  void run(lam::MaskedAttentionKernel kernel) const {
+    STD_TORCH_CHECK(kernel(p) == 0, "out of memory: the system has no scratch memory for this call");
+  }
+};
+
+std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor multiplier,
+                                                    OptionalTensor bias, OptionalTensor attn_mask,
+                                                    OptionalTensor key_mask, std::vector<Tensor> segment_ids,
+                                                    OptionalTensor rng_state, std::vector<int64_t> pattern,
+                                                    double scale, double dropout_p, bool gate) {
+  Call call(query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state, pattern, scale,
+            dropout_p, gate);
+  lam::MaskedAttentionParams& p = call.p;
+  const Shape out_shape{p.B, p.H, p.Lq, p.Dv}, lse_shape{p.B, p.H, p.Lq};
+  Tensor out = torch::stable::new_empty(query, out_shape);
+  Tensor lse = torch::stable::new_empty(query, lse_shape, call.lse_dtype());
+  if (call.no_pairs()) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return {out, lse};
+  }
+  p.out = result_view(out, p.query.dtype);
+  p.lse = result_view(lse, call.lse_kernel_dtype());
+  call.run(lam::masked_attention_fwd_kernel(p.query.dtype));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_cpu_bwd(
+    Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor multiplier,
+    OptionalTensor bias, OptionalTensor attn_mask, OptionalTensor key_mask, std::vector<Tensor> segment_ids,
+    OptionalTensor rng_state, Tensor out, Tensor lse, std::vector<int64_t> pattern, double scale, double dropout_p,
+    bool gate, std::vector<bool> needs) {
+  Call call(query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state, pattern, scale,
+            dropout_p, gate);
+  lam::MaskedAttentionParams& p = call.p;
+  STD_TORCH_CHECK(needs.size() == 5, "needs must hold 5 flags, has ", needs.size());
+  STD_TORCH_CHECK((multiplier || !needs[3]) && (bias || !needs[4]), "no gradient of an operand that is not there");
+
+  const lam::DType lse_dtype = call.lse_kernel_dtype();
+  check_tensor(grad_out, "grad_out", {p.B, p.H, p.Lq, p.Dv});
+  check_tensor(out, "out", {p.B, p.H, p.Lq, p.Dv});
+  check_tensor(lse, "lse", {p.B, p.H, p.Lq});
+  STD_TORCH_CHECK(grad_out.scalar_type() == query.scalar_type() && out.scalar_type() == query.scalar_type(),
+                  "grad_out and out must have query's dtype");
+  STD_TORCH_CHECK(lse.scalar_type() == call.lse_dtype(), "lse has the wrong dtype");
+  grad_out = with_unit_last_stride(grad_out);
+  out = torch::stable::contiguous(out);
+  lse = torch::stable::contiguous(lse);
+  if (grad_lse) {
+    check_tensor(*grad_lse, "grad_lse", {p.B, p.H, p.Lq});
+    STD_TORCH_CHECK(grad_lse->scalar_type() == call.lse_dtype(), "grad_lse must have the dtype of lse");
+    grad_lse = torch::stable::contiguous(*grad_lse);
+  }
+
+  const bool zeros = call.no_pairs();
+  const Shape empty{0};
+  auto gradient = [&](const Tensor& operand, bool wanted, lam::DType dtype, lam::View& v) {
+    if (!wanted) return torch::stable::new_empty(operand, empty);
+    const auto sizes = operand.sizes();
+    if (zeros) return torch::stable::new_zeros(operand, sizes);
+    Tensor grad = torch::stable::new_empty(operand, sizes);
+    v = view(grad.mutable_data_ptr(), dtype, grad);
+    return grad;
+  };
+  const lam::DType dtype = p.query.dtype;
+  Tensor grad_query = gradient(query, needs[0], dtype, p.grad_query);
+  Tensor grad_key = gradient(key, needs[1], dtype, p.grad_key);
+  Tensor grad_value = gradient(value, needs[2], dtype, p.grad_value);
+  Tensor grad_multiplier = gradient(multiplier ? *multiplier : query, needs[3], p.multiplier.dtype, p.grad_multiplier);
+  Tensor grad_bias = gradient(bias ? *bias : query, needs[4], p.bias.dtype, p.grad_bias);
+
+  const bool wanted = needs[0] || needs[1] || needs[2] || needs[3] || needs[4];
+  if (!zeros && wanted) {
+    p.out = row_view(out, dtype);
+    p.lse = view(input_data(lse), lse_dtype, lse);
+    p.grad_out = row_view(grad_out, dtype);
+    if (grad_lse) p.grad_lse = view(input_data(*grad_lse), lse_dtype, *grad_lse);
+    // A head dim of 1 is no broadcast: rows are addressed by their unit last stride.
+    p.grad_query.stride[3] = p.grad_key.stride[3] = p.grad_value.stride[3] = 1;
+    call.run(lam::masked_attention_bwd_kernel(dtype));
+  }
+  return {grad_query, grad_key, grad_value, grad_multiplier, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lam_kernels, m) {
+  m.def(
+      "masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? multiplier, Tensor? bias, "
+      "Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, Tensor? rng_state, int[] pattern, float scale, "
+      "float dropout_p, bool gate) -> (Tensor, Tensor)");
+  m.def(
+      "masked_attention_cpu_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor? multiplier, Tensor? bias, Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, "
+      "Tensor? rng_state, Tensor out, Tensor lse, int[] pattern, float scale, float dropout_p, bool gate, "
+      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CPU, m) {
+  m.impl("masked_attention_cpu_fwd", TORCH_BOX(&masked_attention_cpu_fwd));
+  m.impl("masked_attention_cpu_bwd", TORCH_BOX(&masked_attention_cpu_bwd));
+}

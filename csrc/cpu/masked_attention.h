@@ -1,0 +1,346 @@
+// masked_attention on the CPU, forward and backward: a template over the number type and SIMD width, compiled once for
+// every instruction set. Formulas: python_ref/masked_attention.py.
+//
+// The scores are walked in regions, rectangles of pairs whose mask tile stays in the second-level cache while every
+// head that shares it goes by; a region is walked in tiles, whose scores stay there as well. All packing happens when a
+// head enters a region. No two tasks add to the same number (schedule.h), so results repeat bit for bit.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "../philox.h"
+#include "arena.h"
+#include "gemm.h"
+#include "masks.h"
+#include "rows.h"
+#include "schedule.h"
+#include "softmax.h"
+#include "visibility.h"
+
+namespace lam {
+namespace {
+
+// Tile and region sizes of one call.
+struct Blocking {
+  int64_t region_rows, region_cols;
+  int64_t tile_rows, tile_cols;
+};
+
+// Narrow patterns see few keys a row: short tiles waste fewer of them on hidden pairs.
+inline bool narrow_patterns(const MaskedAttentionParams& p) {
+  if (p.n_patterns == 0) return false;
+  const int64_t rows = min64(p.Lq, 256);
+  for (int64_t h = 0; h < p.n_patterns; ++h) {
+    const PatternSpec& spec = p.patterns[h];
+    const int64_t first = (p.Lq - rows) / 2, step = key_step(spec);
+    const KeyRange range = tile_range(spec, first, first + (rows - 1) / step * step, p.Lq, p.Lk);
+    if ((range.stop - range.start) / step > 512) return false;
+  }
+  return true;
+}
+
+template <class V>
+int64_t tile_rows_for(int64_t rows, int64_t most) {
+  const int64_t blocks = ceil_div(rows, most);
+  return round_up(ceil_div(rows, blocks), V::kRows);
+}
+
+template <class V>
+int64_t tile_cols_for(int64_t cols, int64_t most) {
+  return round_up(ceil_div(cols, ceil_div(max64(cols, 1), most)), kPanel<V>);
+}
+
+template <class V>
+Blocking blocking_for(const MaskedAttentionParams& p, bool backward) {
+  if (narrow_patterns(p)) return {384, 1024, 5 * V::kRows, 256};
+  return backward ? Blocking{320, 512, 12 * V::kRows, 128} : Blocking{320, 512, 12 * V::kRows, 320};
+}
+
+// scores [rows, words] = A [rows, depth] times the packed columns [col, ...), which may start inside a panel.
+template <class V>
+void gemm_panels(int64_t rows, int64_t words, int64_t depth, const typename V::T* A, int64_t lda,
+                 const typename V::T* panels, int64_t col, typename V::T* C, int64_t ldc) {
+  constexpr int64_t P = kPanel<V>, W = V::W;
+  while (words > 0) {
+    const int64_t inside = col % P, n = min64((P - inside) / W, words);
+    gemm<V, false, false>(rows, n, depth, A, lda, panels + (col - inside) * depth + inside, P, C, ldc);
+    words -= n;
+    col += n * W;
+    C += n * W;
+  }
+}
+
+// The keep bits of a tile of head (b, h), one row of 64-bit words a query.
+template <class T>
+void draw_dropout(const MaskedAttentionParams& p, const Region& region, int64_t b, int64_t h, int64_t r0, int64_t rows,
+                  int64_t c0, int64_t cols, uint64_t* keep, int64_t keep_ld) {
+  const uint32_t threshold = dropout_threshold(p.dropout_p);
+  const uint64_t seed = static_cast<uint64_t>(p.dropout_seed);
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t drawn = -1;
+    Philox4 words{};
+    for (int64_t c = 0; c < cols; c += 64) {
+      uint64_t bits = 0;
+      for (int64_t k = 0; k < min64(64, cols - c); ++k) {
+        const int64_t j = region.j(c0 + c + k);
+        if (j / 4 != drawn) {
+          drawn = j / 4;
+          words = philox4x32_10(static_cast<uint32_t>(drawn), static_cast<uint32_t>(region.i(r0 + r)),
+                                static_cast<uint32_t>(b * p.H + h), static_cast<uint32_t>(p.dropout_offset),
+                                static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+        }
+        bits |= uint64_t{words.word[j % 4] >= threshold} << k;
+      }
+      keep[r * keep_ld + c / 64] = bits;
+    }
+  }
+}
+
+// What both directions keep of a region: visibility, masks, dropout.
+template <class V>
+struct RegionMasks {
+  using T = typename V::T;
+  const MaskedAttentionParams& p;
+  bool has_visibility;
+  int64_t tile_cols;
+  Visibility visibility;
+  MaskReader<V> multiplier, bias;
+  uint64_t* keep;
+  Region region{};
+
+  static bool staged(const View& v) { return v.data != nullptr; }
+
+  RegionMasks(const MaskedAttentionParams& params, const Blocking& s, Arena& arena)
+      : p(params),
+        has_visibility(Visibility::needed(params)),
+        tile_cols(s.tile_cols),
+        visibility(params, arena.take<uint64_t>(has_visibility ? s.region_rows * Visibility::words_per_row(s.region_cols) : 0),
+                   arena.take<uint64_t>(Visibility::words_per_row(s.region_cols))),
+        multiplier(params.multiplier, arena.take<T>(staged(params.multiplier) ? s.region_rows * s.region_cols : 0), s.region_cols),
+        bias(params.bias, arena.take<T>(staged(params.bias) ? s.region_rows * s.region_cols : 0), s.region_cols),
+        keep(arena.take<uint64_t>(params.dropout_p > 0 ? s.tile_rows * Visibility::words_per_row(s.tile_cols) : 0)) {}
+
+  void enter(const Region& r) {
+    region = r;
+    if (has_visibility) visibility.enter(r);
+    multiplier.enter(r);
+    bias.enter(r);
+  }
+
+  void select(int64_t b, int64_t h, Plane<const T>& mul, Plane<const T>& add) {
+    if (has_visibility) visibility.select(b, h);
+    mul = multiplier.select(b, h);
+    add = bias.select(b, h);
+  }
+
+  // Clips columns [lo, hi) of rows [r0, r0 + rows) to those seen, and says which bits the tile needs.
+  bool clip(int64_t r0, int64_t rows, int64_t& lo, int64_t& hi, Tile<T>& tile) const {
+    tile.visible = nullptr;
+    if (has_visibility) {
+      const bool all = visibility.narrow(r0, rows, lo, hi);
+      if (lo >= hi) return false;
+      lo = lo / V::W * V::W;
+      if (!all || lo % V::W != 0) tile.visible = visibility.row(r0);
+      tile.visible_ld = visibility.ld();
+      tile.visible_bit = lo;
+    }
+    return lo < hi;
+  }
+
+  void drop(T* x, int64_t ld, int64_t rows, int64_t cols) const {
+    drop_rows<V>(x, ld, rows, cols, keep, Visibility::words_per_row(tile_cols), static_cast<T>(1 / (1 - p.dropout_p)));
+  }
+  void draw(int64_t b, int64_t h, int64_t r0, int64_t rows, int64_t c0, int64_t cols) const {
+    draw_dropout<T>(p, region, b, h, r0, rows, c0, cols, keep, Visibility::words_per_row(tile_cols));
+  }
+};
+
+inline int64_t head_offset(const View& v, int64_t b, int64_t h) { return b * v.stride[0] + h * v.stride[1]; }
+
+template <class V>
+class Forward {
+ public:
+  using T = typename V::T;
+
+  static int run(const MaskedAttentionParams& p) {
+    const bool shared = mask_is_shared(p);
+    const int64_t unit_heads = shared ? p.H : p.H / p.Hkv;
+    const int64_t units = p.B * p.H / unit_heads;
+    Blocking s = blocking_for<V>(p, false);
+    int64_t parts = ceil_div(p.Lq, s.region_rows);
+    if (units * parts < 2 * p.num_threads)
+      parts = max64(parts, min64(ceil_div(2 * p.num_threads, units), ceil_div(p.Lq, s.tile_rows)));
+    while (units * parts < 8 * p.num_threads && units * parts % p.num_threads != 0 && parts < p.Lq) ++parts;
+    s.region_rows = min64(s.region_rows, round_up(ceil_div(p.Lq, parts), V::kRows));
+    s.region_cols = min64(s.region_cols, round_up(p.Lk, kPanel<V>));
+    s.tile_rows = tile_rows_for<V>(s.region_rows, s.tile_rows);
+    s.tile_cols = tile_cols_for<V>(s.region_cols, s.tile_cols);
+    const bool one_region = s.region_cols >= p.Lk;
+    Arena sizes;
+    { Forward count(p, s, unit_heads, one_region, sizes); }
+    ScratchBlock block(sizes.used * p.num_threads);
+    if (block.data == nullptr) return 1;
+    run_tasks(p, units * parts, [&](int64_t worker, int64_t task) {
+      Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
+      Forward forward(p, s, unit_heads, one_region, arena);
+      forward.first_head_ = task / parts * unit_heads;
+      walk_regions(p, s.region_rows, s.region_cols, kPanel<V>, {task % parts, parts}, {},
+                   [&](const Region& region, const Pass& pass, bool first, bool last) {
+                     forward.visit(region, pass, first, last);
+                   });
+    });
+    return 0;
+  }
+
+ private:
+  // Heads that read one mask are worked on together, for its tile to be read once.
+  static bool mask_is_shared(const MaskedAttentionParams& p) {
+    const View* const masks[] = {&p.multiplier, &p.bias};
+    for (const View* v : masks)
+      if (v->data != nullptr && v->stride[1] == 0 && v->stride[2] != 0 && v->stride[3] != 0) return true;
+    return false;
+  }
+
+  Forward(const MaskedAttentionParams& p, const Blocking& s, int64_t unit_heads, bool one_region, Arena& arena)
+      : p_(p), s_(s), unit_heads_(unit_heads), one_region_(one_region), masks_(p, s, arena) {
+    depth_ = round_up(p.D, V::W);
+    width_ = round_up(p.Dv, V::W);
+    const int64_t states = one_region ? 1 : unit_heads;
+    out_in_place_ = in_place<V>(p.query.dtype, p.Dv);
+    panels_ = arena.take<T>(s.region_cols * p.D);
+    key_ = arena.take<T>(in_place<V>(p.query.dtype, p.D) ? 0 : s.region_cols * depth_);
+    value_ = arena.take<T>(in_place<V>(p.query.dtype, p.Dv) ? 0 : s.region_cols * width_);
+    query_ = arena.take<T>(in_place<V>(p.query.dtype, p.D) ? 0 : s.region_rows * depth_);
+    scores_ = arena.take<T>(s.tile_rows * (s.tile_cols + V::W));
+    out_ = arena.take<T>(out_in_place_ ? 0 : states * s.region_rows * width_);
+    state_ = arena.take<RowState<T>>(states * s.region_rows);
+    opened_ = arena.take<uint8_t>(states * ceil_div(s.region_rows, s.tile_rows));
+  }
+
+  void visit(const Region& region, const Pass& pass, bool first, bool last) {
+    masks_.enter(region);
+    key_of_panels_ = -1;
+    const int64_t tiles = ceil_div(s_.region_rows, s_.tile_rows);
+    for (int64_t n = 0; n < unit_heads_; ++n) {
+      const int64_t b = (first_head_ + n) / p_.H, h = (first_head_ + n) % p_.H;
+      if (p_.n_patterns > 1 && !(pass_of(p_, h) == pass)) continue;
+      const int64_t state = one_region_ ? 0 : n;
+      uint8_t* opened = opened_ + state * tiles;
+      if (first) memset(opened, 0, static_cast<size_t>(tiles));
+      Rows<T> out = out_rows(region, b, h, state);
+      if (region.cols > 0) attend(region, b, h, out, state_ + state * s_.region_rows, opened);
+      if (last) finish(region, b, h, out, state_ + state * s_.region_rows, opened);
+    }
+  }
+
+  Rows<T> out_rows(const Region& region, int64_t b, int64_t h, int64_t state) const {
+    if (!out_in_place_) return {out_ + state * s_.region_rows * width_, width_};
+    const int64_t* st = p_.out.stride;
+    return {static_cast<T*>(p_.out.data) + head_offset(p_.out, b, h) + region.i0 * st[2], st[2] * region.step};
+  }
+
+  void attend(const Region& region, int64_t b, int64_t h, Rows<T> out, RowState<T>* state, uint8_t* opened) {
+    const int64_t hk = h / (p_.H / p_.Hkv);
+    const KeyRange range = p_.n_patterns > 1
+                               ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
+                               : KeyRange{0, p_.Lk, 1};
+    if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return;
+    Plane<const T> multiplier, bias;
+    masks_.select(b, h, multiplier, bias);
+    if (b * p_.Hkv + hk != key_of_panels_) {
+      key_of_panels_ = b * p_.Hkv + hk;
+      const int64_t *ks = p_.key.stride, *vs = p_.value.stride;
+      const Rows<T> key = stage_rows<V>(at(p_.key, head_offset(p_.key, b, hk) + region.j0 * ks[2]), p_.query.dtype,
+                                        ks[2] * region.step, region.cols, p_.D, key_);
+      pack_transposed<V>(key, region.cols, p_.D, panels_);
+      value_rows_ = stage_rows<V>(at(p_.value, head_offset(p_.value, b, hk) + region.j0 * vs[2]), p_.query.dtype,
+                                  vs[2] * region.step, region.cols, p_.Dv, value_);
+    }
+    const int64_t* qs = p_.query.stride;
+    const Rows<T> query = stage_rows<V>(at(p_.query, head_offset(p_.query, b, h) + region.i0 * qs[2]), p_.query.dtype,
+                                        qs[2] * region.step, region.rows, p_.D, query_);
+    const int64_t ld = s_.tile_cols + V::W;
+    for (int64_t r0 = 0, block = 0; r0 < region.rows; r0 += s_.tile_rows, ++block) {
+      const int64_t rows = min64(s_.tile_rows, region.rows - r0);
+      for (int64_t c = 0; c < region.cols; c += s_.tile_cols) {
+        int64_t lo = c, hi = min64(c + s_.tile_cols, region.cols);
+        Tile<T> tile{};
+        if (!masks_.clip(r0, rows, lo, hi, tile)) continue;
+        tile.rows = rows;
+        tile.cols = hi - lo;
+        tile.scores = scores_;
+        tile.ld = ld;
+        tile.scale = static_cast<T>(p_.scale);
+        if (multiplier) tile.multiplier = {multiplier.row(r0) + lo, multiplier.ld};
+        if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
+        gemm_panels<V>(rows, ceil_div(tile.cols, V::W), p_.D, query.data + r0 * query.ld, query.ld, panels_, lo,
+                       scores_, ld);
+        T* to = out.data + r0 * out.ld;
+        softmax(tile, state + r0, !opened[block], to, out.ld);
+        if (p_.dropout_p > 0) {
+          masks_.draw(b, h, r0, rows, lo, tile.cols);
+          masks_.drop(scores_, ld, rows, tile.cols);
+        }
+        const T* v = value_rows_.data + lo * value_rows_.ld;
+        if (opened[block])
+          gemm<V, false, true>(rows, width_ / V::W, tile.cols, scores_, ld, v, value_rows_.ld, to, out.ld);
+        else
+          gemm<V, false, false>(rows, width_ / V::W, tile.cols, scores_, ld, v, value_rows_.ld, to, out.ld);
+        opened[block] = 1;
+      }
+    }
+  }
+
+  void softmax(const Tile<T>& t, RowState<T>* state, bool first, T* out, int64_t ld) const {
+    const int64_t words = width_ / V::W;
+    const BiasKind kind = !t.bias ? BiasKind::none : p_.gate ? BiasKind::gate : BiasKind::add;
+    if (t.multiplier) {
+      if (kind == BiasKind::none) softmax_rows<V, true, BiasKind::none>(t, state, first, out, ld, words);
+      else if (kind == BiasKind::add) softmax_rows<V, true, BiasKind::add>(t, state, first, out, ld, words);
+      else softmax_rows<V, true, BiasKind::gate>(t, state, first, out, ld, words);
+    } else {
+      if (kind == BiasKind::none) softmax_rows<V, false, BiasKind::none>(t, state, first, out, ld, words);
+      else if (kind == BiasKind::add) softmax_rows<V, false, BiasKind::add>(t, state, first, out, ld, words);
+      else softmax_rows<V, false, BiasKind::gate>(t, state, first, out, ld, words);
+    }
+  }
+
+  void finish(const Region& region, int64_t b, int64_t h, Rows<T> out, const RowState<T>* state, const uint8_t* opened) {
+    for (int64_t r = 0; r < region.rows; ++r) {
+      T* row = out.data + r * out.ld;
+      const bool seen = opened[r / s_.tile_rows] && state[r].sum != T(0);
+      const int64_t i = region.i(r);
+      store_row<T>(at_mutable(p_.lse, head_offset(p_.lse, b, h) + i * p_.lse.stride[2]), p_.lse.dtype, 1,
+                   &kHiddenRow, T(1), 1);
+      if (seen) {
+        const T lse = (state[r].max + static_cast<T>(::log2(static_cast<double>(state[r].sum)))) * kLn2<T>;
+        store_row<T>(at_mutable(p_.lse, head_offset(p_.lse, b, h) + i * p_.lse.stride[2]), p_.lse.dtype, 1, &lse, T(1), 1);
+      }
+      if (!seen) memset(row, 0, static_cast<size_t>(width_) * sizeof(T));
+      const T factor = seen ? T(1) / state[r].sum : T(0);
+      if (out_in_place_) {
+        const typename V::reg f = V::set1(factor);
+        for (int64_t d = 0; seen && d < width_; d += V::W) V::store(row + d, V::mul(f, V::load(row + d)));
+      } else {
+        store_row<T>(at_mutable(p_.out, head_offset(p_.out, b, h) + i * p_.out.stride[2]), p_.query.dtype, 1, row, factor, p_.Dv);
+      }
+    }
+  }
+
+  static constexpr T kHiddenRow = -kInfinity<T>;
+
+  const MaskedAttentionParams& p_;
+  const Blocking& s_;
+  int64_t unit_heads_;
+  bool one_region_;
+  RegionMasks<V> masks_;
+  int64_t depth_, width_, first_head_ = 0, key_of_panels_ = -1;
+  bool out_in_place_;
+  T *panels_, *key_, *value_, *query_, *scores_, *out_;
+  Rows<T> value_rows_{};
+  RowState<T>* state_;
+  uint8_t* opened_;
+};
+
+}  // namespace
+}  // namespace lam

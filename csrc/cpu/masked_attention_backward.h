@@ -1,0 +1,412 @@
+// The backward pass of masked_attention on the CPU: scores are computed again, tile by tile, and every gradient that is
+// wanted is summed in place.
+#pragma once
+#include "masked_attention.h"
+
+namespace lam {
+namespace {
+
+template <class V>
+class Backward {
+ public:
+  using T = typename V::T;
+
+  static int run(const MaskedAttentionParams& p) {
+    Shared shared(p);
+    const BackwardPlan& plan = shared.plan;
+    const int64_t heads_per_pair = p.H / p.Hkv;
+    ScratchBlock sums(shared.sums_bytes());
+    if (shared.sums_bytes() > 0 && sums.data == nullptr) return 1;
+    shared.place_sums(static_cast<char*>(sums.data));
+    Arena sizes;
+    { Backward count(p, shared, sizes); }
+    ScratchBlock block(sizes.used * p.num_threads);
+    if (block.data == nullptr) return 1;
+    const int64_t pairs = p.B * p.Hkv;
+    const auto each_pair = [&](auto&& body) {
+      run_tasks(p, pairs, [&](int64_t, int64_t pair) { body(Pairs{pair, pair + 1, plan.head_major}); });
+    };
+
+    shared.clear_masks();
+    if (plan.groups > 1) {
+      each_pair([&](Pairs u) { shared.clear_heads(u, heads_per_pair); });
+      for (int64_t phase = 0; phase < plan.groups; ++phase)
+        run_tasks(p, plan.units * plan.groups, [&](int64_t worker, int64_t task) {
+          Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
+          Backward backward(p, shared, arena);
+          const int64_t unit = task / plan.groups, group = task % plan.groups;
+          const Pairs u{unit * plan.pairs_per_unit, (unit + 1) * plan.pairs_per_unit, plan.head_major};
+          backward.work(u, {group, plan.groups}, {(group + phase) % plan.groups, plan.groups}, group);
+        });
+      each_pair([&](Pairs u) { shared.finish_heads(u, heads_per_pair); });
+    } else {
+      const int64_t tasks = plan.replicas > 1 ? plan.replicas : plan.units;
+      run_tasks(p, tasks, [&](int64_t worker, int64_t task) {
+        Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
+        Backward backward(p, shared, arena);
+        const Part part{task, tasks};
+        const Pairs u{part.begin(pairs), part.end(pairs), plan.head_major};
+        if (!shared.one_region) shared.clear_heads(u, heads_per_pair);
+        backward.work(u, {}, {}, plan.replicas > 1 ? task : 0);
+        if (!shared.one_region) shared.finish_heads(u, heads_per_pair);
+      });
+    }
+    shared.finish_masks();
+    return 0;
+  }
+
+ private:
+  // What all tasks of a call share: sizes, where each gradient is summed.
+  struct Shared {
+    const MaskedAttentionParams& p;
+    BackwardPlan plan;
+    Blocking size;
+    int64_t depth, width;
+    bool one_region;
+    bool want_scores;  // some gradient needs dS
+    GradTarget<T> multiplier, bias;
+    // Sums of the heads' gradients where the caller's tensors cannot take them; null otherwise.
+    T *query_sum = nullptr, *key_sum = nullptr, *value_sum = nullptr;
+
+    explicit Shared(const MaskedAttentionParams& params) : p(params) {
+      const bool patterned = p.n_patterns > 0;
+      plan = plan_backward(p, patterned);
+      size = blocking_for<V>(p, true);
+      depth = round_up(p.D, V::W);
+      width = round_up(p.Dv, V::W);
+      size.region_rows = min64(size.region_rows, round_up(ceil_div(p.Lq, plan.groups), V::kRows));
+      size.region_cols = min64(size.region_cols, round_up(ceil_div(p.Lk, plan.groups), kPanel<V>));
+      size.tile_rows = tile_rows_for<V>(size.region_rows, size.tile_rows);
+      size.tile_cols = tile_cols_for<V>(size.region_cols, size.tile_cols);
+      bool stepped = false;
+      for (int64_t h = 0; h < p.n_patterns; ++h) stepped = stepped || key_step(p.patterns[h]) > 1;
+      one_region = plan.groups == 1 && !stepped && size.region_rows >= p.Lq && size.region_cols >= p.Lk;
+      multiplier = target(p.grad_multiplier, stepped);
+      bias = target(p.grad_bias, stepped);
+      want_scores = p.grad_query.data || p.grad_key.data || p.grad_multiplier.data || p.grad_bias.data;
+    }
+
+    GradTarget<T> target(const View& g, bool stepped) const {
+      GradTarget<T> t;
+      t.grad = g;
+      if (g.data == nullptr) return t;
+      const bool over_rows = g.stride[2] == 0 && p.Lq > 1, over_cols = g.stride[3] == 0 && p.Lk > 1;
+      const bool over_batch = g.stride[0] == 0 && p.B > 1, over_heads = g.stride[1] == 0 && p.H > 1;
+      t.numel = (over_batch ? 1 : p.B) * (over_heads ? 1 : p.H) * (over_rows ? 1 : p.Lq) * (over_cols ? 1 : p.Lk);
+      t.replicas = over_rows && over_cols && plan.groups > 1 ? plan.groups : plan.replicas;
+      t.covered = !Visibility::needed(p);
+      const bool one_run = over_batch == over_heads || p.H == 1 || p.B == 1 ||
+                           (over_batch ? plan.head_major && p.H == p.Hkv : !plan.head_major || p.Hkv == 1);
+      t.store_once = one_run && !stepped && !over_rows && !over_cols && t.replicas == 1;
+      const bool own_type = size_of(g.dtype) == sizeof(T);
+      t.in_rows = !over_rows && !over_cols && (own_type || !t.store_once);
+      if (own_type && t.replicas == 1) t.sum = static_cast<T*>(g.data);
+      return t;
+    }
+
+    // The gradient is written through sums of the kernel's own type.
+    static bool needs_sums(const GradTarget<T>& t) {
+      return t.grad.data != nullptr && t.sum == nullptr && !(t.store_once && !t.in_rows);
+    }
+    int64_t mask_sums(const GradTarget<T>& t) const {
+      return needs_sums(t) ? round_up(t.numel * t.replicas * static_cast<int64_t>(sizeof(T)), 64) : 0;
+    }
+    bool heads_staged(const View& g, int64_t w) const { return g.data != nullptr && !in_place<V>(p.query.dtype, w); }
+    // Slots of sums: a pair's own when its task has one region, else one for every head.
+    int64_t head_sums(const View& g, int64_t heads, int64_t rows, int64_t w) const {
+      return heads_staged(g, w) && !one_region ? heads * rows * round_up(w, V::W) * static_cast<int64_t>(sizeof(T)) : 0;
+    }
+    int64_t query_bytes() const { return head_sums(p.grad_query, p.B * p.H, p.Lq, p.D); }
+    int64_t key_bytes() const { return head_sums(p.grad_key, p.B * p.Hkv, p.Lk, p.D); }
+    int64_t value_bytes() const { return head_sums(p.grad_value, p.B * p.Hkv, p.Lk, p.Dv); }
+    int64_t sums_bytes() const {
+      return mask_sums(multiplier) + mask_sums(bias) + query_bytes() + key_bytes() + value_bytes();
+    }
+    void place_sums(char* at) {
+      GradTarget<T>* const targets[] = {&multiplier, &bias};
+      for (GradTarget<T>* t : targets) {
+        if (!needs_sums(*t)) continue;
+        const int64_t bytes = mask_sums(*t);
+        t->sum = reinterpret_cast<T*>(at);
+        at += bytes;
+      }
+      if (query_bytes() > 0) query_sum = reinterpret_cast<T*>(at), at += query_bytes();
+      if (key_bytes() > 0) key_sum = reinterpret_cast<T*>(at), at += key_bytes();
+      if (value_bytes() > 0) value_sum = reinterpret_cast<T*>(at);
+    }
+
+    void clear(char* data, int64_t bytes) const {
+      constexpr int64_t kChunk = int64_t{1} << 20;
+      run_tasks(p, ceil_div(bytes, kChunk), [&](int64_t, int64_t t) {
+        memset(data + t * kChunk, 0, static_cast<size_t>(min64(kChunk, bytes - t * kChunk)));
+      });
+    }
+    void clear_masks() const {
+      const GradTarget<T>* const targets[] = {&multiplier, &bias};
+      for (const GradTarget<T>* t : targets) {
+        if (t->grad.data == nullptr || (t->store_once && t->covered)) continue;
+        if (t->sum != nullptr) clear(reinterpret_cast<char*>(t->sum), t->numel * t->replicas * static_cast<int64_t>(sizeof(T)));
+        else clear(static_cast<char*>(t->grad.data), t->numel * size_of(t->grad.dtype));
+      }
+    }
+    void finish_masks() const {
+      const GradTarget<T>* const targets[] = {&multiplier, &bias};
+      for (const GradTarget<T>* t : targets) {
+        if (t->grad.data == nullptr || t->sum == nullptr || t->sum == t->grad.data) continue;
+        constexpr int64_t kChunk = 4096;
+        run_tasks(p, ceil_div(t->numel, kChunk), [&](int64_t, int64_t task) {
+          const int64_t begin = task * kChunk, n = min64(kChunk, t->numel - begin);
+          T* sum = t->sum + begin;
+          for (int64_t r = 1; r < t->replicas; ++r)
+            for (int64_t k = 0; k < n; ++k) sum[k] += sum[r * t->numel + k];
+          store_row<T>(static_cast<char*>(t->grad.data) + begin * size_of(t->grad.dtype), t->grad.dtype, 1, sum, T(1), n);
+        });
+      }
+    }
+
+    // Sum rows of one head: the caller's tensor, or sums at slot `head`.
+    Rows<T> rows_of(const View& g, T* sum, int64_t head, int64_t b, int64_t h, int64_t rows, int64_t w) const {
+      if (g.data == nullptr) return {};
+      if (!heads_staged(g, w)) return {static_cast<T*>(g.data) + head_offset(g, b, h), g.stride[2]};
+      return {sum + head * rows * round_up(w, V::W), round_up(w, V::W)};
+    }
+    static void clear_rows(Rows<T> x, int64_t rows, int64_t w) {
+      if (x.data != nullptr) memset(x.data, 0, static_cast<size_t>(rows * w) * sizeof(T));
+    }
+    void finish_rows(const View& g, Rows<T> x, int64_t b, int64_t h, int64_t rows, int64_t w) const {
+      if (x.data == nullptr || x.data == reinterpret_cast<T*>(at_mutable(g, head_offset(g, b, h)))) return;
+      for (int64_t r = 0; r < rows; ++r)
+        store_row<T>(at_mutable(g, head_offset(g, b, h) + r * g.stride[2]), g.dtype, 1, x.data + r * x.ld, T(1), w);
+    }
+    template <class Body>
+    void each_head(Pairs u, int64_t heads, const Body& body) const {
+      for (int64_t pair = u.begin; pair < u.end; ++pair)
+        for (int64_t n = 0; n < heads; ++n) body(pair, u.b(p, pair), u.key_head(p, pair), n);
+    }
+    void clear_heads(Pairs u, int64_t heads) const {
+      each_head(u, heads, [&](int64_t pair, int64_t b, int64_t hk, int64_t n) {
+        clear_rows(rows_of(p.grad_query, query_sum, pair * heads + n, b, hk * heads + n, p.Lq, p.D), p.Lq, depth);
+        if (n > 0) return;
+        clear_rows(rows_of(p.grad_key, key_sum, pair, b, hk, p.Lk, p.D), p.Lk, depth);
+        clear_rows(rows_of(p.grad_value, value_sum, pair, b, hk, p.Lk, p.Dv), p.Lk, width);
+      });
+    }
+    void finish_heads(Pairs u, int64_t heads) const {
+      each_head(u, heads, [&](int64_t pair, int64_t b, int64_t hk, int64_t n) {
+        const int64_t h = hk * heads + n;
+        finish_rows(p.grad_query, rows_of(p.grad_query, query_sum, pair * heads + n, b, h, p.Lq, p.D), b, h, p.Lq, p.D);
+        if (n > 0) return;
+        finish_rows(p.grad_key, rows_of(p.grad_key, key_sum, pair, b, hk, p.Lk, p.D), b, hk, p.Lk, p.D);
+        finish_rows(p.grad_value, rows_of(p.grad_value, value_sum, pair, b, hk, p.Lk, p.Dv), b, hk, p.Lk, p.Dv);
+      });
+    }
+  };
+
+  Backward(const MaskedAttentionParams& p, const Shared& shared, Arena& arena)
+      : p_(p),
+        s_(shared),
+        masks_(p, shared.size, arena),
+        grad_multiplier_(shared.multiplier, plane(shared.multiplier, arena), shared.size.region_cols),
+        grad_bias_(shared.bias, plane(shared.bias, arena), shared.size.region_cols) {
+    const int64_t R = s_.size.region_rows, C = s_.size.region_cols;
+    const bool d_staged = !in_place<V>(p.query.dtype, p.D), v_staged = !in_place<V>(p.query.dtype, p.Dv);
+    key_panels_ = arena.take<T>(C * p.D);
+    value_panels_ = arena.take<T>(C * p.Dv);
+    key_ = arena.take<T>(d_staged ? C * s_.depth : 0);
+    value_ = arena.take<T>(v_staged ? C * s_.width : 0);
+    query_ = arena.take<T>(d_staged ? R * s_.depth : 0);
+    grad_out_ = arena.take<T>(v_staged ? R * s_.width : 0);
+    out_row_ = arena.take<T>(s_.width);
+    shift_ = arena.take<T>(R);
+    delta_ = arena.take<T>(R);
+    scores_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
+    grad_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
+    if (s_.one_region) {
+      query_sum_ = arena.take<T>(s_.heads_staged(p.grad_query, p.D) ? p.Lq * s_.depth : 0);
+      key_sum_ = arena.take<T>(s_.heads_staged(p.grad_key, p.D) ? p.Lk * s_.depth : 0);
+      value_sum_ = arena.take<T>(s_.heads_staged(p.grad_value, p.Dv) ? p.Lk * s_.width : 0);
+    }
+  }
+
+  T* plane(const GradTarget<T>& t, Arena& arena) const {
+    const bool needed = t.grad.data != nullptr && (!t.in_rows || p_.n_patterns > 0);
+    return arena.take<T>(needed ? s_.size.region_rows * s_.size.region_cols : 0);
+  }
+
+  void work(Pairs unit, Part rows, Part cols, int64_t replica) {
+    walk_regions(p_, s_.size.region_rows, s_.size.region_cols, kPanel<V>, rows, cols,
+                 [&](const Region& region, const Pass& pass, bool, bool) {
+                   if (region.cols > 0 || s_.one_region) visit(region, pass, unit, replica);
+                 });
+  }
+
+  void visit(const Region& region, const Pass& pass, Pairs unit, int64_t replica) {
+    masks_.enter(region);
+    grad_multiplier_.enter(region, s_.multiplier.replicas > 1 ? replica : 0);
+    grad_bias_.enter(region, s_.bias.replicas > 1 ? replica : 0);
+    const int64_t heads = p_.H / p_.Hkv;
+    for (int64_t pair = unit.begin; pair < unit.end; ++pair) {
+      const int64_t b = unit.b(p_, pair), hk = unit.key_head(p_, pair);
+      Rows<T> dk, dv;
+      if (s_.one_region) {
+        dk = s_.rows_of(p_.grad_key, key_sum_, 0, b, hk, p_.Lk, p_.D);
+        dv = s_.rows_of(p_.grad_value, value_sum_, 0, b, hk, p_.Lk, p_.Dv);
+        s_.clear_rows(dk, p_.Lk, s_.depth);
+        s_.clear_rows(dv, p_.Lk, s_.width);
+      } else {
+        dk = s_.rows_of(p_.grad_key, s_.key_sum, pair, b, hk, p_.Lk, p_.D);
+        dv = s_.rows_of(p_.grad_value, s_.value_sum, pair, b, hk, p_.Lk, p_.Dv);
+      }
+      packed_ = false;
+      for (int64_t n = 0; n < heads; ++n) {
+        const int64_t h = hk * heads + n;
+        if (p_.n_patterns > 1 && !(pass_of(p_, h) == pass)) continue;
+        Rows<T> dq;
+        if (s_.one_region) {
+          dq = s_.rows_of(p_.grad_query, query_sum_, 0, b, h, p_.Lq, p_.D);
+          s_.clear_rows(dq, p_.Lq, s_.depth);
+        } else {
+          dq = s_.rows_of(p_.grad_query, s_.query_sum, pair * heads + n, b, h, p_.Lq, p_.D);
+        }
+        if (region.cols > 0) differentiate(region, b, h, hk, dq, dk, dv);
+        if (s_.one_region) s_.finish_rows(p_.grad_query, dq, b, h, p_.Lq, p_.D);
+      }
+      if (s_.one_region) {
+        s_.finish_rows(p_.grad_key, dk, b, hk, p_.Lk, p_.D);
+        s_.finish_rows(p_.grad_value, dv, b, hk, p_.Lk, p_.Dv);
+      }
+    }
+    grad_multiplier_.leave();
+    grad_bias_.leave();
+  }
+
+  void pack_keys(const Region& region, int64_t b, int64_t hk) {
+    const int64_t *ks = p_.key.stride, *vs = p_.value.stride;
+    key_rows_ = stage_rows<V>(at(p_.key, head_offset(p_.key, b, hk) + region.j0 * ks[2]), p_.query.dtype, ks[2] * region.step,
+                              region.cols, p_.D, key_);
+    pack_transposed<V>(key_rows_, region.cols, p_.D, key_panels_);
+    if (!s_.want_scores) return;
+    const Rows<T> value = stage_rows<V>(at(p_.value, head_offset(p_.value, b, hk) + region.j0 * vs[2]), p_.query.dtype,
+                                        vs[2] * region.step, region.cols, p_.Dv, value_);
+    pack_transposed<V>(value, region.cols, p_.Dv, value_panels_);
+  }
+
+  // shift: lse in log2 units; delta: rowsum(grad_out * out) - grad_lse
+  void prepare_rows(const Region& region, int64_t b, int64_t h, Rows<T> grad_out) {
+    const int64_t *os = p_.out.stride, *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
+    for (int64_t r = 0; r < region.rows; ++r) {
+      const int64_t i = region.i(r);
+      const T lse = load_scalar<T>(at(p_.lse, head_offset(p_.lse, b, h) + i * ls[2]), p_.lse.dtype);
+      shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse * kLog2e<T>;
+      const char* o = at(p_.out, head_offset(p_.out, b, h) + i * os[2]);
+      const T* out = reinterpret_cast<const T*>(o);
+      if (!in_place<V>(p_.query.dtype, p_.Dv)) {
+        load_row<V>(out_row_, o, p_.query.dtype, 1, p_.Dv);
+        for (int64_t d = p_.Dv; d < s_.width; ++d) out_row_[d] = T(0);
+        out = out_row_;
+      }
+      typename V::reg sum = V::zero();
+      for (int64_t d = 0; d < s_.width; d += V::W)
+        sum = V::fma(V::load(out + d), V::load(grad_out.data + r * grad_out.ld + d), sum);
+      delta_[r] = V::reduce_add(sum);
+      if (p_.grad_lse.data != nullptr)
+        delta_[r] -= load_scalar<T>(at(p_.grad_lse, head_offset(p_.grad_lse, b, h) + i * gs[2]), p_.grad_lse.dtype);
+    }
+  }
+
+  void differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv) {
+    const KeyRange range = p_.n_patterns > 1
+                               ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
+                               : KeyRange{0, p_.Lk, 1};
+    if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return;
+    if (!packed_) pack_keys(region, b, hk);
+    packed_ = true;
+    Plane<const T> multiplier, bias;
+    masks_.select(b, h, multiplier, bias);
+    Tile<T> head{};
+    const Plane<T> dmul = grad_multiplier_.select(b, h, head.first_multiplier);
+    const Plane<T> dbias = grad_bias_.select(b, h, head.first_bias);
+    const int64_t *qs = p_.query.stride, *gs = p_.grad_out.stride;
+    const Rows<T> query = stage_rows<V>(at(p_.query, head_offset(p_.query, b, h) + region.i0 * qs[2]), p_.query.dtype,
+                                        qs[2] * region.step, region.rows, p_.D, query_);
+    const Rows<T> grad_out = stage_rows<V>(at(p_.grad_out, head_offset(p_.grad_out, b, h) + region.i0 * gs[2]), p_.query.dtype,
+                                           gs[2] * region.step, region.rows, p_.Dv, grad_out_);
+    prepare_rows(region, b, h, grad_out);
+    const int64_t ld = s_.size.tile_cols + V::W, depth_words = s_.depth / V::W, width_words = s_.width / V::W;
+    for (int64_t c = 0; c < region.cols; c += s_.size.tile_cols) {
+      for (int64_t r0 = 0; r0 < region.rows; r0 += s_.size.tile_rows) {
+        Tile<T> tile = head;
+        tile.rows = min64(s_.size.tile_rows, region.rows - r0);
+        int64_t lo = c, hi = min64(c + s_.size.tile_cols, region.cols);
+        if (!masks_.clip(r0, tile.rows, lo, hi, tile)) continue;
+        tile.cols = hi - lo;
+        tile.scores = scores_;
+        tile.grad = grad_;
+        tile.ld = ld;
+        tile.scale = static_cast<T>(p_.scale);
+        if (multiplier) tile.multiplier = {multiplier.row(r0) + lo, multiplier.ld};
+        if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
+        if (dmul) tile.grad_multiplier = {dmul.row(r0) + lo, dmul.ld};
+        if (dbias) tile.grad_bias = {dbias.row(r0) + lo, dbias.ld};
+        const T* q = query.data + r0 * query.ld;
+        const T* go = grad_out.data + r0 * grad_out.ld;
+        const int64_t words = ceil_div(tile.cols, V::W), j = region.j(lo);
+        gemm_panels<V>(tile.rows, words, p_.D, q, query.ld, key_panels_, lo, scores_, ld);
+        if (s_.want_scores) gemm_panels<V>(tile.rows, words, p_.Dv, go, grad_out.ld, value_panels_, lo, grad_, ld);
+        else for (int64_t r = 0; r < tile.rows; ++r) memset(grad_ + r * ld, 0, static_cast<size_t>(words * V::W) * sizeof(T));
+        if (p_.dropout_p > 0) {
+          masks_.draw(b, h, r0, tile.rows, lo, tile.cols);
+          masks_.drop(grad_, ld, tile.rows, tile.cols);
+        }
+        softmax_backward(tile, shift_ + r0, delta_ + r0);
+        if (p_.dropout_p > 0) masks_.drop(scores_, ld, tile.rows, tile.cols);
+        if (dv.data != nullptr)
+          gemm<V, true, true>(tile.cols, width_words, tile.rows, scores_, ld, go, grad_out.ld, dv.data + j * dv.ld,
+                              dv.ld * region.step);
+        if (dk.data != nullptr)
+          gemm<V, true, true>(tile.cols, depth_words, tile.rows, grad_, ld, q, query.ld, dk.data + j * dk.ld,
+                              dk.ld * region.step);
+        if (dq.data != nullptr)
+          gemm<V, false, true>(tile.rows, depth_words, tile.cols, grad_, ld, key_rows_.data + lo * key_rows_.ld,
+                               key_rows_.ld, dq.data + region.i(r0) * dq.ld, dq.ld * region.step);
+      }
+    }
+  }
+
+  template <bool kMultiplier, BiasKind kBias>
+  static void softmax_backward(const Tile<T>& t, const T* shift, const T* delta) {
+    const bool gm = static_cast<bool>(t.grad_multiplier), gb = static_cast<bool>(t.grad_bias);
+    if constexpr (kMultiplier && kBias != BiasKind::none)
+      if (gm && gb) return softmax_backward_rows<V, kMultiplier, kBias, true, true>(t, shift, delta);
+    if constexpr (kMultiplier)
+      if (gm) return softmax_backward_rows<V, kMultiplier, kBias, true, false>(t, shift, delta);
+    if constexpr (kBias != BiasKind::none)
+      if (gb) return softmax_backward_rows<V, kMultiplier, kBias, false, true>(t, shift, delta);
+    softmax_backward_rows<V, kMultiplier, kBias, false, false>(t, shift, delta);
+  }
+
+  void softmax_backward(const Tile<T>& t, const T* shift, const T* delta) const {
+    const BiasKind kind = !t.bias ? BiasKind::none : p_.gate ? BiasKind::gate : BiasKind::add;
+    if (t.multiplier) {
+      if (kind == BiasKind::none) softmax_backward<true, BiasKind::none>(t, shift, delta);
+      else if (kind == BiasKind::add) softmax_backward<true, BiasKind::add>(t, shift, delta);
+      else softmax_backward<true, BiasKind::gate>(t, shift, delta);
+    } else {
+      if (kind == BiasKind::none) softmax_backward<false, BiasKind::none>(t, shift, delta);
+      else if (kind == BiasKind::add) softmax_backward<false, BiasKind::add>(t, shift, delta);
+      else softmax_backward<false, BiasKind::gate>(t, shift, delta);
+    }
+  }
+
+  const MaskedAttentionParams& p_;
+  const Shared& s_;
+  RegionMasks<V> masks_;
+  MaskGradWriter<V> grad_multiplier_, grad_bias_;
+  bool packed_ = false;
+  T *key_panels_, *value_panels_, *key_, *value_, *query_, *grad_out_, *out_row_, *shift_, *delta_, *scores_, *grad_;
+  T *query_sum_ = nullptr, *key_sum_ = nullptr, *value_sum_ = nullptr;
+  Rows<T> key_rows_{};
+};
+
+}  // namespace
+}  // namespace lam

@@ -1,0 +1,14 @@
+// Level "portable": any CPU, and float64 on every CPU.
+#include "masked_attention_backward.h"
+#include "vec_portable.h"
+
+namespace lam {
+
+int masked_attention_fwd_portable(const MaskedAttentionParams& p) {
+  return p.query.dtype == DType::f64 ? Forward<VecPortable<double>>::run(p) : Forward<VecPortable<float>>::run(p);
+}
+int masked_attention_bwd_portable(const MaskedAttentionParams& p) {
+  return p.query.dtype == DType::f64 ? Backward<VecPortable<double>>::run(p) : Backward<VecPortable<float>>::run(p);
+}
+
+}  // namespace lam

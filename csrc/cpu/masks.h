@@ -1,0 +1,134 @@
+// The masks of a region, as planes of the kernel's number type, and the planes that collect their gradients.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "rows.h"
+#include "softmax.h"
+#include "visibility.h"
+
+namespace lam {
+namespace {
+
+// Reads a multiplier or bias: in place where it lies in rows of the kernel's number type, else through a staged copy
+// that the heads of the region share as far as the operand does.
+template <class V>
+class MaskReader {
+ public:
+  using T = typename V::T;
+  MaskReader(const View& view, T* buffer, int64_t buffer_ld) : view_(view), buffer_(buffer), buffer_ld_(buffer_ld) {}
+
+  void enter(const Region& region) {
+    region_ = region;
+    slice_ = -1;
+  }
+
+  Plane<const T> select(int64_t b, int64_t h) {
+    if (view_.data == nullptr) return {};
+    const int64_t* s = view_.stride;
+    const int64_t slice = b * s[0] + h * s[1];
+    const char* origin = at(view_, slice + region_.i0 * s[2] + region_.j0 * s[3]);
+    if (size_of(view_.dtype) == sizeof(T) && s[3] * region_.step == 1)
+      return {reinterpret_cast<const T*>(origin), s[2] * region_.step};
+    const bool one_row = s[2] == 0;
+    if (slice != slice_)
+      for (int64_t r = 0; r < (one_row ? 1 : region_.rows); ++r)
+        load_row<V>(buffer_ + r * buffer_ld_, origin + r * region_.step * s[2] * size_of(view_.dtype), view_.dtype,
+                    s[3] * region_.step, region_.cols);
+    slice_ = slice;
+    return {buffer_, one_row ? 0 : buffer_ld_};
+  }
+
+ private:
+  const View& view_;
+  T* buffer_;
+  int64_t buffer_ld_;
+  Region region_{};
+  int64_t slice_ = -1;
+};
+
+// Where a mask's gradient is summed, decided once a call.
+template <class T>
+struct GradTarget {
+  View grad;                 // the caller's tensor; data null when not wanted
+  T* sum = nullptr;          // sums of the kernel's number type in the gradient's own shape, maybe the tensor itself
+  int64_t numel = 0;         // of one replica
+  int64_t replicas = 1;
+  bool in_rows = false;      // rows of whole planes: tiles can add to `sum` directly
+  bool store_once = false;   // every element is met in one run of heads: written once, nothing to add to
+  bool covered = false;      // every element is met at all
+};
+
+// Collects one mask's gradient over the heads of a region that share it.
+template <class V>
+class MaskGradWriter {
+ public:
+  using T = typename V::T;
+  MaskGradWriter(const GradTarget<T>& target, T* buffer, int64_t buffer_ld)
+      : target_(target), buffer_(buffer), buffer_ld_(buffer_ld) {}
+
+  void enter(const Region& region, int64_t replica) {
+    region_ = region;
+    sum_ = target_.sum == nullptr ? nullptr : target_.sum + replica * target_.numel;
+    slice_ = -1;
+  }
+
+  // The plane for head (b, h); `first` tells whether its old contents count.
+  Plane<T> select(int64_t b, int64_t h, bool& first) {
+    if (target_.grad.data == nullptr) return {};
+    const int64_t* s = target_.grad.stride;
+    const int64_t slice = b * s[0] + h * s[1];
+    const bool fresh = slice != slice_;
+    if (fresh) leave();
+    slice_ = slice;
+    if (target_.in_rows && region_.step == 1) {
+      first = fresh && target_.store_once && target_.covered;
+      return {sum_ + slice + region_.i0 * s[2] + region_.j0, s[2]};
+    }
+    first = fresh && target_.covered;
+    if (fresh && !target_.covered)
+      for (int64_t r = 0; r < region_.rows; ++r)
+        memset(buffer_ + r * buffer_ld_, 0, static_cast<size_t>(region_.cols) * sizeof(T));
+    return {buffer_, buffer_ld_};
+  }
+
+  // The heads that share the current plane are through.
+  void leave() {
+    const int64_t slice = slice_;
+    slice_ = -1;
+    if (slice < 0 || target_.grad.data == nullptr || (target_.in_rows && region_.step == 1)) return;
+    const int64_t* s = target_.grad.stride;
+    for (int64_t r = 0; r < region_.rows; ++r) {
+      const T* row = buffer_ + r * buffer_ld_;
+      const int64_t to = slice + region_.i(r) * s[2] + region_.j0 * s[3];
+      if (sum_ == nullptr) {
+        store_row<T>(at_mutable(target_.grad, to), target_.grad.dtype, s[3] * region_.step, row, T(1), region_.cols);
+      } else if (s[3] == 0) {
+        typename V::reg total = V::zero();
+        int64_t c = 0;
+        for (; c + V::W <= region_.cols; c += V::W) total = V::add(total, V::load(row + c));
+        T sum = V::reduce_add(total);
+        for (; c < region_.cols; ++c) sum += row[c];
+        sum_[to] += sum;
+      } else {
+        T* dst = sum_ + to;
+        const int64_t stride = s[3] * region_.step;
+        if (stride == 1)
+          for (int64_t c = 0; c < region_.cols; ++c) dst[c] += row[c];
+        else
+          for (int64_t c = 0; c < region_.cols; ++c) dst[c * stride] += row[c];
+      }
+    }
+  }
+
+ private:
+  const GradTarget<T>& target_;
+  T* buffer_;
+  int64_t buffer_ld_;
+  T* sum_ = nullptr;
+  Region region_{};
+  int64_t slice_ = -1;
+};
+
+}  // namespace
+}  // namespace lam

@@ -1,0 +1,120 @@
+// Who works on what: units of heads that share a gradient, row and column groups, and the regions a task walks through.
+#pragma once
+#include <cstdint>
+
+#include "../patterns.h"
+#include "visibility.h"
+
+namespace lam {
+namespace {
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// A run of (batch, key head) pairs. Heads are visited pair by pair, each with the query heads of its group.
+struct Pairs {
+  int64_t begin, end;
+  bool head_major;  // pair = key_head * B + b rather than b * Hkv + key_head
+  int64_t b(const MaskedAttentionParams& p, int64_t pair) const { return head_major ? pair % p.B : pair / p.Hkv; }
+  int64_t key_head(const MaskedAttentionParams& p, int64_t pair) const {
+    return head_major ? pair / p.B : pair % p.Hkv;
+  }
+};
+
+// Queries of one residue class meet keys of one residue class, `step` apart.
+struct Pass {
+  int64_t step, phase;  // a query of residue x sees keys of residue x + phase
+  bool operator==(const Pass& o) const { return step == o.step && phase == o.phase; }
+};
+
+inline Pass pass_of(const MaskedAttentionParams& p, int64_t h) {
+  if (p.n_patterns == 0) return {1, 0};
+  const PatternSpec& spec = spec_of_head(p, h);
+  const int64_t step = key_step(spec);
+  for (int t = 0; step > 1 && t < spec.n_terms; ++t)
+    if (spec.terms[t].kind == PatternKind::dilated_toeplitz && spec.terms[t].b == step)
+      return {step, floor_mod(diagonal(spec.terms[t], p.Lq, p.Lk), step)};
+  return {1, 0};
+}
+
+// Part `index` of `count` equal parts of [0, n).
+struct Part {
+  int64_t index = 0, count = 1;
+  int64_t begin(int64_t n) const { return n * index / count; }
+  int64_t end(int64_t n) const { return n * (index + 1) / count; }
+};
+
+// Calls visit(region, pass, first, last) for every region of the unit's rows and columns that some head may see; first
+// and last say whether the region opens or closes its rows. Rows that see nothing get one region without columns.
+template <class Visit>
+void walk_regions(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_cols, int64_t col_multiple, Part rows,
+                  Part cols, const Visit& visit) {
+  const int64_t n_specs = p.n_patterns > 1 ? p.H : 1;
+  for (int64_t leader = 0; leader < n_specs; ++leader) {
+    const Pass pass = pass_of(p, leader);
+    bool seen = false;
+    for (int64_t h = 0; h < leader && !seen; ++h) seen = pass_of(p, h) == pass;
+    if (seen) continue;
+    for (int64_t residue = 0; residue < min64(pass.step, p.Lq); ++residue) {
+      const int64_t n_rows = ceil_div(p.Lq - residue, pass.step);
+      const int64_t key_residue = (residue + pass.phase) % pass.step;
+      for (int64_t r = rows.begin(n_rows); r < rows.end(n_rows); r += max_rows) {
+        const int64_t count = min64(max_rows, rows.end(n_rows) - r);
+        const int64_t first_i = residue + r * pass.step, last_i = first_i + (count - 1) * pass.step;
+        int64_t lo = p.n_patterns == 0 ? 0 : p.Lk, hi = p.n_patterns == 0 ? p.Lk : 0;
+        for (int64_t h = leader; p.n_patterns > 0 && h < n_specs; ++h) {
+          if (!(pass_of(p, h) == pass)) continue;
+          const KeyRange range = tile_range(p.patterns[h], first_i, last_i, p.Lq, p.Lk);
+          lo = min64(lo, range.start);
+          hi = max64(hi, range.stop);
+        }
+        lo = max64(lo, cols.begin(p.Lk));
+        hi = min64(hi, cols.end(p.Lk));
+        lo += floor_mod(key_residue - lo, pass.step);
+        const int64_t n_cols = lo < hi ? ceil_div(hi - lo, pass.step) : 0;
+        const int64_t regions = n_cols > 0 ? ceil_div(n_cols, max_cols) : 1;
+        const int64_t width = min64(max_cols, ceil_div(ceil_div(n_cols, regions), col_multiple) * col_multiple);
+        for (int64_t g = 0, c = 0; g < regions; ++g, c += width)
+          visit(Region{first_i, count, lo + c * pass.step, max64(0, min64(width, n_cols - c)), pass.step}, pass, g == 0,
+                g == regions - 1);
+      }
+    }
+  }
+}
+
+// Which heads one task of the backward pass must own, so that no two tasks ever add to the same number.
+struct BackwardPlan {
+  bool head_major = false;
+  int64_t pairs_per_unit = 1;  // pairs that share a wanted mask gradient
+  int64_t units = 1;
+  int64_t groups = 1;    // row groups and column groups of a unit: in phase f, group g owns (rows g, columns g + f)
+  int64_t replicas = 1;  // copies of the mask gradients, one a task, where short sequences are split by pairs instead
+};
+
+inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned) {
+  BackwardPlan plan;
+  bool link_batch = false, link_heads = false;
+  const View* const grads[] = {&p.grad_multiplier, &p.grad_bias};
+  for (const View* g : grads) {
+    if (g->data == nullptr) continue;
+    const bool batch = p.B > 1 && g->stride[0] == 0, heads = p.H > 1 && g->stride[1] == 0;
+    link_batch = link_batch || batch;
+    link_heads = link_heads || heads;
+  }
+  const int64_t pairs = p.B * p.Hkv, threads = p.num_threads;
+  plan.pairs_per_unit = link_batch && link_heads ? pairs : link_batch ? p.B : link_heads ? p.Hkv : 1;
+  plan.head_major = link_batch && !link_heads;
+  plan.units = pairs / plan.pairs_per_unit;
+  if (plan.units >= threads && (plan.units % threads == 0 || plan.units >= 4 * threads)) return plan;
+  if (threads == 1) return plan;
+  if (p.Lq >= 192 && p.Lk >= 192 && min64(p.Lq, p.Lk) / threads >= 64) {
+    plan.groups = patterned ? 2 * threads : threads;
+    if (min64(p.Lq, p.Lk) / plan.groups < 64) plan.groups = threads;
+  } else if (pairs > plan.units) {
+    plan.replicas = plan.units * min64(threads, plan.pairs_per_unit);
+    plan.replicas = min64(plan.replicas, pairs);
+  }
+  return plan;
+}
+
+}  // namespace
+}  // namespace lam

@@ -1,0 +1,139 @@
+// Which pairs of a region may be seen, as one bit a pair: pattern, attn_mask and key_mask together.
+#pragma once
+#include <cstdint>
+
+#include "../patterns.h"
+
+namespace lam {
+namespace {
+
+// A rectangle of pairs: query i0 + r * step meets key j0 + c * step.
+struct Region {
+  int64_t i0, rows, j0, cols, step;
+  int64_t i(int64_t r) const { return i0 + r * step; }
+  int64_t j(int64_t c) const { return j0 + c * step; }
+};
+
+inline uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1; }
+
+// Bits of 64 bools that lie `stride` bytes apart.
+inline uint64_t bits_of_bytes(const uint8_t* p, int64_t stride, int64_t n) {
+  if (stride == 0) return n > 0 && *p ? low_bits(n) : 0;
+  uint64_t bits = 0;
+  for (int64_t k = 0; k < n; ++k) bits |= uint64_t{p[k * stride] != 0} << k;
+  return bits;
+}
+
+inline const PatternSpec& spec_of_head(const MaskedAttentionParams& p, int64_t h) {
+  return p.patterns[p.n_patterns == 1 ? 0 : h];
+}
+
+class Visibility {
+ public:
+  static bool needed(const MaskedAttentionParams& p) {
+    return p.n_patterns > 0 || p.attn_mask.data != nullptr || p.key_mask.data != nullptr;
+  }
+  static int64_t words_per_row(int64_t cols) { return (cols + 63) / 64; }
+
+  Visibility(const MaskedAttentionParams& p, uint64_t* words, uint64_t* key_words)
+      : p_(p), words_(words), key_words_(key_words) {}
+
+  void enter(const Region& region) {
+    region_ = region;
+    ld_ = words_per_row(region.cols);
+    b_ = spec_ = attn_ = -1;
+  }
+
+  // Makes the bits those of head (b, h), unless they are already.
+  void select(int64_t b, int64_t h) {
+    const int64_t spec = p_.n_patterns > 1 ? h : 0;
+    const int64_t attn = p_.attn_mask.data == nullptr ? 0 : b * p_.attn_mask.stride[0] + h * p_.attn_mask.stride[1];
+    if (b == b_ && spec == spec_ && attn == attn_) return;
+    if (b != b_) fill_key_words(b);
+    b_ = b, spec_ = spec, attn_ = attn;
+    for (int64_t r = 0; r < region_.rows; ++r) fill_row(r);
+  }
+
+  const uint64_t* row(int64_t r) const { return words_ + r * ld_; }
+  int64_t ld() const { return ld_; }
+
+  // Narrows columns [lo, hi) to those that any of the rows sees; true when every row sees all of them.
+  bool narrow(int64_t r0, int64_t rows, int64_t& lo, int64_t& hi) const {
+    int64_t first = hi, last = lo;
+    bool all = true;
+    for (int64_t w = lo / 64; w * 64 < hi; ++w) {
+      const uint64_t inside = low_bits(hi - w * 64) & ~low_bits(lo - w * 64);
+      uint64_t any = 0, every = ~uint64_t{0};
+      for (int64_t r = r0; r < r0 + rows; ++r) {
+        any |= words_[r * ld_ + w];
+        every &= words_[r * ld_ + w];
+      }
+      any &= inside;
+      all = all && (every & inside) == inside;
+      if (any == 0) continue;
+      if (first == hi) first = w * 64 + __builtin_ctzll(any);
+      last = w * 64 + 64 - __builtin_clzll(any);
+    }
+    lo = first;
+    hi = last;
+    return all;
+  }
+
+ private:
+  void fill_key_words(int64_t b) {
+    for (int64_t w = 0; w < ld_; ++w) {
+      const int64_t n = min64(64, region_.cols - w * 64);
+      key_words_[w] = low_bits(n);
+      if (p_.key_mask.data == nullptr) continue;
+      const int64_t stride = p_.key_mask.stride[3];
+      const uint8_t* keys = static_cast<const uint8_t*>(p_.key_mask.data) + b * p_.key_mask.stride[0];
+      key_words_[w] = bits_of_bytes(keys + region_.j(w * 64) * stride, stride * region_.step, n);
+    }
+  }
+
+  void fill_row(int64_t r) {
+    uint64_t* row = words_ + r * ld_;
+    const int64_t i = region_.i(r), step = region_.step;
+    int64_t lo = 0, hi = region_.cols;
+    const PatternSpec* spec = p_.n_patterns > 0 ? &p_.patterns[spec_] : nullptr;
+    if (spec != nullptr) {
+      const KeyRange range = row_range(*spec, i, p_.Lq, p_.Lk);
+      lo = max64(lo, -floor_div(region_.j0 - range.start, step));
+      hi = min64(hi, -floor_div(region_.j0 - range.stop, step));
+    }
+    for (int64_t w = 0; w < ld_; ++w) row[w] = key_words_[w] & low_bits(hi - w * 64) & ~low_bits(lo - w * 64);
+    if (p_.attn_mask.data != nullptr) {
+      const int64_t* s = p_.attn_mask.stride;
+      const uint8_t* mask = static_cast<const uint8_t*>(p_.attn_mask.data) + attn_ + i * s[2] + region_.j0 * s[3];
+      for (int64_t w = 0; w < ld_; ++w)
+        if (row[w] != 0) row[w] &= bits_of_bytes(mask + w * 64 * step * s[3], step * s[3], min64(64, region_.cols - w * 64));
+    }
+    for (int t = 0; spec != nullptr && t < spec->n_terms; ++t) {
+      const PatternTerm& term = spec->terms[t];
+      const bool dilated = term.kind == PatternKind::dilated_toeplitz && term.b > 1;
+      if (!dilated && term.kind != PatternKind::segments) continue;
+      if (dilated && step % term.b == 0) {  // every key of the row has the same residue
+        if (off_range_visible(term, p_.segments, b_, i, region_.j0, p_.Lq, p_.Lk)) continue;
+        for (int64_t w = 0; w < ld_; ++w) row[w] = 0;
+        continue;
+      }
+      for (int64_t w = 0; w < ld_; ++w) {
+        if (row[w] == 0) continue;
+        uint64_t bits = 0;
+        const int64_t n = min64(64, region_.cols - w * 64);
+        for (int64_t k = 0; k < n; ++k)
+          bits |= uint64_t{off_range_visible(term, p_.segments, b_, i, region_.j(w * 64 + k), p_.Lq, p_.Lk)} << k;
+        row[w] &= bits;
+      }
+    }
+  }
+
+  const MaskedAttentionParams& p_;
+  uint64_t* words_;
+  uint64_t* key_words_;
+  Region region_{};
+  int64_t ld_ = 0, b_ = -1, spec_ = -1, attn_ = -1;
+};
+
+}  // namespace
+}  // namespace lam
