@@ -10,8 +10,8 @@
 
 #include "../philox.h"
 #include "arena.h"
-#include "gemm.h"
 #include "masks.h"
+#include "products_fma.h"
 #include "rows.h"
 #include "schedule.h"
 #include "softmax.h"
@@ -20,13 +20,7 @@
 namespace lam {
 namespace {
 
-// Tile and region sizes of one call.
-struct Blocking {
-  int64_t region_rows, region_cols;
-  int64_t tile_rows, tile_cols;
-};
-
-// Narrow patterns see few keys a row: short tiles waste fewer of them on hidden pairs.
+// Does every query see but few keys?
 inline bool narrow_patterns(const MaskedAttentionParams& p) {
   if (p.n_patterns == 0) return false;
   const int64_t rows = min64(p.Lq, 256);
@@ -39,35 +33,15 @@ inline bool narrow_patterns(const MaskedAttentionParams& p) {
   return true;
 }
 
-template <class V>
-int64_t tile_rows_for(int64_t rows, int64_t most) {
-  const int64_t blocks = ceil_div(rows, most);
-  return round_up(ceil_div(rows, blocks), V::kRows);
-}
-
-template <class V>
-int64_t tile_cols_for(int64_t cols, int64_t most) {
-  return round_up(ceil_div(cols, ceil_div(max64(cols, 1), most)), kPanel<V>);
-}
-
-template <class V>
-Blocking blocking_for(const MaskedAttentionParams& p, bool backward) {
-  if (narrow_patterns(p)) return {384, 1024, 5 * V::kRows, 256};
-  return backward ? Blocking{320, 512, 12 * V::kRows, 128} : Blocking{320, 512, 12 * V::kRows, 320};
-}
-
-// scores [rows, words] = A [rows, depth] times the packed columns [col, ...), which may start inside a panel.
-template <class V>
-void gemm_panels(int64_t rows, int64_t words, int64_t depth, const typename V::T* A, int64_t lda,
-                 const typename V::T* panels, int64_t col, typename V::T* C, int64_t ldc) {
-  constexpr int64_t P = kPanel<V>, W = V::W;
-  while (words > 0) {
-    const int64_t inside = col % P, n = min64((P - inside) / W, words);
-    gemm<V, false, false>(rows, n, depth, A, lda, panels + (col - inside) * depth + inside, P, C, ldc);
-    words -= n;
-    col += n * W;
-    C += n * W;
-  }
+// The region and tile sizes for these lengths: whole tiles, evenly divided.
+template <class Products>
+Blocking fit(Blocking s, int64_t rows, int64_t cols) {
+  constexpr int64_t R = Products::kRowMultiple, C = Products::kColMultiple;
+  s.region_rows = min64(s.region_rows, round_up(max64(rows, 1), R));
+  s.region_cols = min64(s.region_cols, round_up(max64(cols, 1), C));
+  s.tile_rows = round_up(ceil_div(s.region_rows, ceil_div(s.region_rows, s.tile_rows)), R);
+  s.tile_cols = round_up(ceil_div(s.region_cols, ceil_div(s.region_cols, s.tile_cols)), C);
+  return s;
 }
 
 // The keep bits of a tile of head (b, h), one row of 64-bit words a query.
@@ -155,26 +129,22 @@ struct RegionMasks {
   }
 };
 
-inline int64_t head_offset(const View& v, int64_t b, int64_t h) { return b * v.stride[0] + h * v.stride[1]; }
-
-template <class V>
+template <class Products>
 class Forward {
  public:
+  using V = typename Products::Word;
   using T = typename V::T;
 
   static int run(const MaskedAttentionParams& p) {
     const bool shared = mask_is_shared(p);
     const int64_t unit_heads = shared ? p.H : p.H / p.Hkv;
     const int64_t units = p.B * p.H / unit_heads;
-    Blocking s = blocking_for<V>(p, false);
+    Blocking s = Products::blocking(narrow_patterns(p), false);
     int64_t parts = ceil_div(p.Lq, s.region_rows);
     if (units * parts < 2 * p.num_threads)
       parts = max64(parts, min64(ceil_div(2 * p.num_threads, units), ceil_div(p.Lq, s.tile_rows)));
     while (units * parts < 8 * p.num_threads && units * parts % p.num_threads != 0 && parts < p.Lq) ++parts;
-    s.region_rows = min64(s.region_rows, round_up(ceil_div(p.Lq, parts), V::kRows));
-    s.region_cols = min64(s.region_cols, round_up(p.Lk, kPanel<V>));
-    s.tile_rows = tile_rows_for<V>(s.region_rows, s.tile_rows);
-    s.tile_cols = tile_cols_for<V>(s.region_cols, s.tile_cols);
+    s = fit<Products>(s, ceil_div(p.Lq, parts), p.Lk);
     const bool one_region = s.region_cols >= p.Lk;
     Arena sizes;
     { Forward count(p, s, unit_heads, one_region, sizes); }
@@ -184,7 +154,7 @@ class Forward {
       Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
       Forward forward(p, s, unit_heads, one_region, arena);
       forward.first_head_ = task / parts * unit_heads;
-      walk_regions(p, s.region_rows, s.region_cols, kPanel<V>, {task % parts, parts}, {},
+      walk_regions(p, s.region_rows, s.region_cols, Products::kColMultiple, {task % parts, parts}, {},
                    [&](const Region& region, const Pass& pass, bool first, bool last) {
                      forward.visit(region, pass, first, last);
                    });
@@ -202,15 +172,10 @@ class Forward {
   }
 
   Forward(const MaskedAttentionParams& p, const Blocking& s, int64_t unit_heads, bool one_region, Arena& arena)
-      : p_(p), s_(s), unit_heads_(unit_heads), one_region_(one_region), masks_(p, s, arena) {
-    depth_ = round_up(p.D, V::W);
+      : p_(p), s_(s), unit_heads_(unit_heads), one_region_(one_region), masks_(p, s, arena), products_(p, s, false, arena) {
     width_ = round_up(p.Dv, V::W);
     const int64_t states = one_region ? 1 : unit_heads;
     out_in_place_ = in_place<V>(p.query.dtype, p.Dv);
-    panels_ = arena.take<T>(s.region_cols * p.D);
-    key_ = arena.take<T>(in_place<V>(p.query.dtype, p.D) ? 0 : s.region_cols * depth_);
-    value_ = arena.take<T>(in_place<V>(p.query.dtype, p.Dv) ? 0 : s.region_cols * width_);
-    query_ = arena.take<T>(in_place<V>(p.query.dtype, p.D) ? 0 : s.region_rows * depth_);
     scores_ = arena.take<T>(s.tile_rows * (s.tile_cols + V::W));
     out_ = arena.take<T>(out_in_place_ ? 0 : states * s.region_rows * width_);
     state_ = arena.take<RowState<T>>(states * s.region_rows);
@@ -219,7 +184,7 @@ class Forward {
 
   void visit(const Region& region, const Pass& pass, bool first, bool last) {
     masks_.enter(region);
-    key_of_panels_ = -1;
+    entered_keys_ = -1;
     const int64_t tiles = ceil_div(s_.region_rows, s_.tile_rows);
     for (int64_t n = 0; n < unit_heads_; ++n) {
       const int64_t b = (first_head_ + n) / p_.H, h = (first_head_ + n) % p_.H;
@@ -247,18 +212,11 @@ class Forward {
     if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return;
     Plane<const T> multiplier, bias;
     masks_.select(b, h, multiplier, bias);
-    if (b * p_.Hkv + hk != key_of_panels_) {
-      key_of_panels_ = b * p_.Hkv + hk;
-      const int64_t *ks = p_.key.stride, *vs = p_.value.stride;
-      const Rows<T> key = stage_rows<V>(at(p_.key, head_offset(p_.key, b, hk) + region.j0 * ks[2]), p_.query.dtype,
-                                        ks[2] * region.step, region.cols, p_.D, key_);
-      pack_transposed<V>(key, region.cols, p_.D, panels_);
-      value_rows_ = stage_rows<V>(at(p_.value, head_offset(p_.value, b, hk) + region.j0 * vs[2]), p_.query.dtype,
-                                  vs[2] * region.step, region.cols, p_.Dv, value_);
+    if (b * p_.Hkv + hk != entered_keys_) {
+      entered_keys_ = b * p_.Hkv + hk;
+      products_.enter_keys(region, b, hk, false);
     }
-    const int64_t* qs = p_.query.stride;
-    const Rows<T> query = stage_rows<V>(at(p_.query, head_offset(p_.query, b, h) + region.i0 * qs[2]), p_.query.dtype,
-                                        qs[2] * region.step, region.rows, p_.D, query_);
+    products_.enter_queries(region, b, h);
     const int64_t ld = s_.tile_cols + V::W;
     for (int64_t r0 = 0, block = 0; r0 < region.rows; r0 += s_.tile_rows, ++block) {
       const int64_t rows = min64(s_.tile_rows, region.rows - r0);
@@ -273,19 +231,14 @@ class Forward {
         tile.scale = static_cast<T>(p_.scale);
         if (multiplier) tile.multiplier = {multiplier.row(r0) + lo, multiplier.ld};
         if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
-        gemm_panels<V>(rows, ceil_div(tile.cols, V::W), p_.D, query.data + r0 * query.ld, query.ld, panels_, lo,
-                       scores_, ld);
+        products_.scores(r0, rows, lo, ceil_div(tile.cols, V::W), scores_, ld);
         T* to = out.data + r0 * out.ld;
         softmax(tile, state + r0, !opened[block], to, out.ld);
         if (p_.dropout_p > 0) {
           masks_.draw(b, h, r0, rows, lo, tile.cols);
           masks_.drop(scores_, ld, rows, tile.cols);
         }
-        const T* v = value_rows_.data + lo * value_rows_.ld;
-        if (opened[block])
-          gemm<V, false, true>(rows, width_ / V::W, tile.cols, scores_, ld, v, value_rows_.ld, to, out.ld);
-        else
-          gemm<V, false, false>(rows, width_ / V::W, tile.cols, scores_, ld, v, value_rows_.ld, to, out.ld);
+        products_.weigh_values(!opened[block], rows, lo, tile.cols, scores_, ld, to, out.ld);
         opened[block] = 1;
       }
     }
@@ -334,10 +287,10 @@ class Forward {
   int64_t unit_heads_;
   bool one_region_;
   RegionMasks<V> masks_;
-  int64_t depth_, width_, first_head_ = 0, key_of_panels_ = -1;
+  Products products_;
+  int64_t width_, first_head_ = 0, entered_keys_ = -1;
   bool out_in_place_;
-  T *panels_, *key_, *value_, *query_, *scores_, *out_;
-  Rows<T> value_rows_{};
+  T *scores_, *out_;
   RowState<T>* state_;
   uint8_t* opened_;
 };

@@ -5,7 +5,7 @@
 
 namespace lam {
 
-int masked_attention_fwd_avx2(const MaskedAttentionParams& p) { return Forward<VecAvx2>::run(p); }
-int masked_attention_bwd_avx2(const MaskedAttentionParams& p) { return Backward<VecAvx2>::run(p); }
+int masked_attention_fwd_avx2(const MaskedAttentionParams& p) { return Forward<FmaProducts<VecAvx2>>::run(p); }
+int masked_attention_bwd_avx2(const MaskedAttentionParams& p) { return Backward<FmaProducts<VecAvx2>>::run(p); }
 
 }  // namespace lam

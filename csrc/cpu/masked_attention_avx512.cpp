@@ -5,7 +5,7 @@
 
 namespace lam {
 
-int masked_attention_fwd_avx512(const MaskedAttentionParams& p) { return Forward<VecAvx512>::run(p); }
-int masked_attention_bwd_avx512(const MaskedAttentionParams& p) { return Backward<VecAvx512>::run(p); }
+int masked_attention_fwd_avx512(const MaskedAttentionParams& p) { return Forward<FmaProducts<VecAvx512>>::run(p); }
+int masked_attention_bwd_avx512(const MaskedAttentionParams& p) { return Backward<FmaProducts<VecAvx512>>::run(p); }
 
 }  // namespace lam

@@ -6,9 +6,10 @@
 namespace lam {
 namespace {
 
-template <class V>
+template <class Products>
 class Backward {
  public:
+  using V = typename Products::Word;
   using T = typename V::T;
 
   static int run(const MaskedAttentionParams& p) {
@@ -71,13 +72,10 @@ class Backward {
     explicit Shared(const MaskedAttentionParams& params) : p(params) {
       const bool patterned = p.n_patterns > 0;
       plan = plan_backward(p, patterned);
-      size = blocking_for<V>(p, true);
+      size = fit<Products>(Products::blocking(narrow_patterns(p), true), ceil_div(p.Lq, plan.groups),
+                           ceil_div(p.Lk, plan.groups));
       depth = round_up(p.D, V::W);
       width = round_up(p.Dv, V::W);
-      size.region_rows = min64(size.region_rows, round_up(ceil_div(p.Lq, plan.groups), V::kRows));
-      size.region_cols = min64(size.region_cols, round_up(ceil_div(p.Lk, plan.groups), kPanel<V>));
-      size.tile_rows = tile_rows_for<V>(size.region_rows, size.tile_rows);
-      size.tile_cols = tile_cols_for<V>(size.region_cols, size.tile_cols);
       bool stepped = false;
       for (int64_t h = 0; h < p.n_patterns; ++h) stepped = stepped || key_step(p.patterns[h]) > 1;
       one_region = plan.groups == 1 && !stepped && size.region_rows >= p.Lq && size.region_cols >= p.Lk;
@@ -206,19 +204,13 @@ class Backward {
       : p_(p),
         s_(shared),
         masks_(p, shared.size, arena),
+        products_(p, shared.size, true, arena),
         grad_multiplier_(shared.multiplier, plane(shared.multiplier, arena), shared.size.region_cols),
         grad_bias_(shared.bias, plane(shared.bias, arena), shared.size.region_cols) {
-    const int64_t R = s_.size.region_rows, C = s_.size.region_cols;
-    const bool d_staged = !in_place<V>(p.query.dtype, p.D), v_staged = !in_place<V>(p.query.dtype, p.Dv);
-    key_panels_ = arena.take<T>(C * p.D);
-    value_panels_ = arena.take<T>(C * p.Dv);
-    key_ = arena.take<T>(d_staged ? C * s_.depth : 0);
-    value_ = arena.take<T>(v_staged ? C * s_.width : 0);
-    query_ = arena.take<T>(d_staged ? R * s_.depth : 0);
-    grad_out_ = arena.take<T>(v_staged ? R * s_.width : 0);
     out_row_ = arena.take<T>(s_.width);
-    shift_ = arena.take<T>(R);
-    delta_ = arena.take<T>(R);
+    grad_out_row_ = arena.take<T>(s_.width);
+    shift_ = arena.take<T>(s_.size.region_rows);
+    delta_ = arena.take<T>(s_.size.region_rows);
     scores_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
     grad_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
     if (s_.one_region) {
@@ -234,7 +226,7 @@ class Backward {
   }
 
   void work(Pairs unit, Part rows, Part cols, int64_t replica) {
-    walk_regions(p_, s_.size.region_rows, s_.size.region_cols, kPanel<V>, rows, cols,
+    walk_regions(p_, s_.size.region_rows, s_.size.region_cols, Products::kColMultiple, rows, cols,
                  [&](const Region& region, const Pass& pass, bool, bool) {
                    if (region.cols > 0 || s_.one_region) visit(region, pass, unit, replica);
                  });
@@ -257,7 +249,7 @@ class Backward {
         dk = s_.rows_of(p_.grad_key, s_.key_sum, pair, b, hk, p_.Lk, p_.D);
         dv = s_.rows_of(p_.grad_value, s_.value_sum, pair, b, hk, p_.Lk, p_.Dv);
       }
-      packed_ = false;
+      entered_ = false;
       for (int64_t n = 0; n < heads; ++n) {
         const int64_t h = hk * heads + n;
         if (p_.n_patterns > 1 && !(pass_of(p_, h) == pass)) continue;
@@ -271,6 +263,7 @@ class Backward {
         if (region.cols > 0) differentiate(region, b, h, hk, dq, dk, dv);
         if (s_.one_region) s_.finish_rows(p_.grad_query, dq, b, h, p_.Lq, p_.D);
       }
+      if (entered_) products_.close_pair(dk, dv);
       if (s_.one_region) {
         s_.finish_rows(p_.grad_key, dk, b, hk, p_.Lk, p_.D);
         s_.finish_rows(p_.grad_value, dv, b, hk, p_.Lk, p_.Dv);
@@ -280,34 +273,26 @@ class Backward {
     grad_bias_.leave();
   }
 
-  void pack_keys(const Region& region, int64_t b, int64_t hk) {
-    const int64_t *ks = p_.key.stride, *vs = p_.value.stride;
-    key_rows_ = stage_rows<V>(at(p_.key, head_offset(p_.key, b, hk) + region.j0 * ks[2]), p_.query.dtype, ks[2] * region.step,
-                              region.cols, p_.D, key_);
-    pack_transposed<V>(key_rows_, region.cols, p_.D, key_panels_);
-    if (!s_.want_scores) return;
-    const Rows<T> value = stage_rows<V>(at(p_.value, head_offset(p_.value, b, hk) + region.j0 * vs[2]), p_.query.dtype,
-                                        vs[2] * region.step, region.cols, p_.Dv, value_);
-    pack_transposed<V>(value, region.cols, p_.Dv, value_panels_);
+  // One row of an operand, in place or converted.
+  const T* row_of(const View& v, int64_t b, int64_t h, int64_t i, T* buffer) const {
+    const char* row = at(v, head_offset(v, b, h) + i * v.stride[2]);
+    if (in_place<V>(v.dtype, p_.Dv)) return reinterpret_cast<const T*>(row);
+    load_row<V>(buffer, row, v.dtype, 1, p_.Dv);
+    for (int64_t d = p_.Dv; d < s_.width; ++d) buffer[d] = T(0);
+    return buffer;
   }
 
   // shift: lse in log2 units; delta: rowsum(grad_out * out) - grad_lse
-  void prepare_rows(const Region& region, int64_t b, int64_t h, Rows<T> grad_out) {
-    const int64_t *os = p_.out.stride, *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
+  void prepare_rows(const Region& region, int64_t b, int64_t h) {
+    const int64_t *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
     for (int64_t r = 0; r < region.rows; ++r) {
       const int64_t i = region.i(r);
       const T lse = load_scalar<T>(at(p_.lse, head_offset(p_.lse, b, h) + i * ls[2]), p_.lse.dtype);
       shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse * kLog2e<T>;
-      const char* o = at(p_.out, head_offset(p_.out, b, h) + i * os[2]);
-      const T* out = reinterpret_cast<const T*>(o);
-      if (!in_place<V>(p_.query.dtype, p_.Dv)) {
-        load_row<V>(out_row_, o, p_.query.dtype, 1, p_.Dv);
-        for (int64_t d = p_.Dv; d < s_.width; ++d) out_row_[d] = T(0);
-        out = out_row_;
-      }
+      const T *out = row_of(p_.out, b, h, i, out_row_), *grad_out = row_of(p_.grad_out, b, h, i, grad_out_row_);
       typename V::reg sum = V::zero();
       for (int64_t d = 0; d < s_.width; d += V::W)
-        sum = V::fma(V::load(out + d), V::load(grad_out.data + r * grad_out.ld + d), sum);
+        sum = V::fma(V::load(out + d), V::load(grad_out + d), sum);
       delta_[r] = V::reduce_add(sum);
       if (p_.grad_lse.data != nullptr)
         delta_[r] -= load_scalar<T>(at(p_.grad_lse, head_offset(p_.grad_lse, b, h) + i * gs[2]), p_.grad_lse.dtype);
@@ -319,20 +304,21 @@ class Backward {
                                ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
                                : KeyRange{0, p_.Lk, 1};
     if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return;
-    if (!packed_) pack_keys(region, b, hk);
-    packed_ = true;
+    if (!entered_) {
+      products_.enter_keys(region, b, hk, s_.want_scores);
+      products_.open_pair();
+    }
+    entered_ = true;
+    products_.enter_queries(region, b, h);
+    products_.enter_grad_out(b, h);
+    products_.open_head();
     Plane<const T> multiplier, bias;
     masks_.select(b, h, multiplier, bias);
     Tile<T> head{};
     const Plane<T> dmul = grad_multiplier_.select(b, h, head.first_multiplier);
     const Plane<T> dbias = grad_bias_.select(b, h, head.first_bias);
-    const int64_t *qs = p_.query.stride, *gs = p_.grad_out.stride;
-    const Rows<T> query = stage_rows<V>(at(p_.query, head_offset(p_.query, b, h) + region.i0 * qs[2]), p_.query.dtype,
-                                        qs[2] * region.step, region.rows, p_.D, query_);
-    const Rows<T> grad_out = stage_rows<V>(at(p_.grad_out, head_offset(p_.grad_out, b, h) + region.i0 * gs[2]), p_.query.dtype,
-                                           gs[2] * region.step, region.rows, p_.Dv, grad_out_);
-    prepare_rows(region, b, h, grad_out);
-    const int64_t ld = s_.size.tile_cols + V::W, depth_words = s_.depth / V::W, width_words = s_.width / V::W;
+    prepare_rows(region, b, h);
+    const int64_t ld = s_.size.tile_cols + V::W;
     for (int64_t c = 0; c < region.cols; c += s_.size.tile_cols) {
       for (int64_t r0 = 0; r0 < region.rows; r0 += s_.size.tile_rows) {
         Tile<T> tile = head;
@@ -348,11 +334,9 @@ class Backward {
         if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
         if (dmul) tile.grad_multiplier = {dmul.row(r0) + lo, dmul.ld};
         if (dbias) tile.grad_bias = {dbias.row(r0) + lo, dbias.ld};
-        const T* q = query.data + r0 * query.ld;
-        const T* go = grad_out.data + r0 * grad_out.ld;
-        const int64_t words = ceil_div(tile.cols, V::W), j = region.j(lo);
-        gemm_panels<V>(tile.rows, words, p_.D, q, query.ld, key_panels_, lo, scores_, ld);
-        if (s_.want_scores) gemm_panels<V>(tile.rows, words, p_.Dv, go, grad_out.ld, value_panels_, lo, grad_, ld);
+        const int64_t words = ceil_div(tile.cols, V::W);
+        products_.scores(r0, tile.rows, lo, words, scores_, ld);
+        if (s_.want_scores) products_.weight_grads(r0, tile.rows, lo, words, grad_, ld);
         else for (int64_t r = 0; r < tile.rows; ++r) memset(grad_ + r * ld, 0, static_cast<size_t>(words * V::W) * sizeof(T));
         if (p_.dropout_p > 0) {
           masks_.draw(b, h, r0, tile.rows, lo, tile.cols);
@@ -360,17 +344,10 @@ class Backward {
         }
         softmax_backward(tile, shift_ + r0, delta_ + r0);
         if (p_.dropout_p > 0) masks_.drop(scores_, ld, tile.rows, tile.cols);
-        if (dv.data != nullptr)
-          gemm<V, true, true>(tile.cols, width_words, tile.rows, scores_, ld, go, grad_out.ld, dv.data + j * dv.ld,
-                              dv.ld * region.step);
-        if (dk.data != nullptr)
-          gemm<V, true, true>(tile.cols, depth_words, tile.rows, grad_, ld, q, query.ld, dk.data + j * dk.ld,
-                              dk.ld * region.step);
-        if (dq.data != nullptr)
-          gemm<V, false, true>(tile.rows, depth_words, tile.cols, grad_, ld, key_rows_.data + lo * key_rows_.ld,
-                               key_rows_.ld, dq.data + region.i(r0) * dq.ld, dq.ld * region.step);
+        products_.accumulate(r0, tile.rows, lo, tile.cols, scores_, grad_, ld, dq, dk, dv);
       }
     }
+    products_.close_head(dq);
   }
 
   template <bool kMultiplier, BiasKind kBias>
@@ -401,11 +378,11 @@ class Backward {
   const MaskedAttentionParams& p_;
   const Shared& s_;
   RegionMasks<V> masks_;
+  Products products_;
   MaskGradWriter<V> grad_multiplier_, grad_bias_;
-  bool packed_ = false;
-  T *key_panels_, *value_panels_, *key_, *value_, *query_, *grad_out_, *out_row_, *shift_, *delta_, *scores_, *grad_;
+  bool entered_ = false;
+  T *out_row_, *grad_out_row_, *shift_, *delta_, *scores_, *grad_;
   T *query_sum_ = nullptr, *key_sum_ = nullptr, *value_sum_ = nullptr;
-  Rows<T> key_rows_{};
 };
 
 }  // namespace

@@ -5,10 +5,10 @@
 namespace lam {
 
 int masked_attention_fwd_portable(const MaskedAttentionParams& p) {
-  return p.query.dtype == DType::f64 ? Forward<VecPortable<double>>::run(p) : Forward<VecPortable<float>>::run(p);
+  return p.query.dtype == DType::f64 ? Forward<FmaProducts<VecPortable<double>>>::run(p) : Forward<FmaProducts<VecPortable<float>>>::run(p);
 }
 int masked_attention_bwd_portable(const MaskedAttentionParams& p) {
-  return p.query.dtype == DType::f64 ? Backward<VecPortable<double>>::run(p) : Backward<VecPortable<float>>::run(p);
+  return p.query.dtype == DType::f64 ? Backward<FmaProducts<VecPortable<double>>>::run(p) : Backward<FmaProducts<VecPortable<float>>>::run(p);
 }
 
 }  // namespace lam

@@ -1,0 +1,126 @@
+// The matrix products of attention in fused multiply-adds of the kernel's number type.
+#pragma once
+#include <cstdint>
+
+#include "arena.h"
+#include "gemm.h"
+#include "rows.h"
+#include "schedule.h"
+#include "visibility.h"
+
+namespace lam {
+namespace {
+
+inline int64_t head_offset(const View& v, int64_t b, int64_t h) { return b * v.stride[0] + h * v.stride[1]; }
+
+// Tile and region sizes of one call.
+struct Blocking {
+  int64_t region_rows, region_cols;
+  int64_t tile_rows, tile_cols;
+};
+
+template <class V>
+class FmaProducts {
+ public:
+  using Word = V;
+  using T = typename V::T;
+  static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = kPanel<V>;
+
+  static Blocking blocking(bool narrow, bool backward) {
+    // narrow patterns see few keys a row: short tiles waste fewer of them on hidden pairs
+    if (narrow) return {384, 1024, 5 * V::kRows, 256};
+    return {320, 512, 12 * V::kRows, backward ? 128 : 320};
+  }
+
+  FmaProducts(const MaskedAttentionParams& p, const Blocking& s, bool backward, Arena& arena)
+      : p_(p), depth_(round_up(p.D, V::W)), width_(round_up(p.Dv, V::W)) {
+    const DType d = p.query.dtype;
+    const bool stage_depth = !in_place<V>(d, p.D), stage_width = !in_place<V>(d, p.Dv);
+    key_panels_ = arena.take<T>(s.region_cols * p.D);
+    value_panels_ = arena.take<T>(backward ? s.region_cols * p.Dv : 0);
+    key_buffer_ = arena.take<T>(stage_depth ? s.region_cols * depth_ : 0);
+    value_buffer_ = arena.take<T>(stage_width ? s.region_cols * width_ : 0);
+    query_buffer_ = arena.take<T>(stage_depth ? s.region_rows * depth_ : 0);
+    grad_out_buffer_ = arena.take<T>(stage_width && backward ? s.region_rows * width_ : 0);
+  }
+
+  void enter_keys(const Region& region, int64_t b, int64_t hk, bool want_values_panels) {
+    region_ = region;
+    key_ = stage(p_.key, region.j0, region.cols, b, hk, p_.D, key_buffer_);
+    value_ = stage(p_.value, region.j0, region.cols, b, hk, p_.Dv, value_buffer_);
+    pack_transposed<V>(key_, region.cols, p_.D, key_panels_);
+    if (want_values_panels) pack_transposed<V>(value_, region.cols, p_.Dv, value_panels_);
+  }
+  void enter_queries(const Region& region, int64_t b, int64_t h) {
+    region_ = region;
+    query_ = stage(p_.query, region.i0, region.rows, b, h, p_.D, query_buffer_);
+  }
+  void enter_grad_out(int64_t b, int64_t h) {
+    grad_out_ = stage(p_.grad_out, region_.i0, region_.rows, b, h, p_.Dv, grad_out_buffer_);
+  }
+
+  // C [rows, words] = q . k of tile rows [r0, r0 + rows) and columns from lo
+  void scores(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
+    panels(rows, words, p_.D, query_.data + r0 * query_.ld, query_.ld, key_panels_, lo, C, ldc);
+  }
+  // C [rows, words] = grad_out . v
+  void weight_grads(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
+    panels(rows, words, p_.Dv, grad_out_.data + r0 * grad_out_.ld, grad_out_.ld, value_panels_, lo, C, ldc);
+  }
+
+  // out [rows, Dv] (+)= P v
+  void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, const T* P, int64_t ldp, T* out, int64_t ld) {
+    const T* v = value_.data + lo * value_.ld;
+    if (first) gemm<V, false, false>(rows, width_ / V::W, cols, P, ldp, v, value_.ld, out, ld);
+    else gemm<V, false, true>(rows, width_ / V::W, cols, P, ldp, v, value_.ld, out, ld);
+  }
+
+  // Backward: the gradients of a head are added to where they belong at once, so there is nothing to open or close.
+  void open_pair() {}
+  void close_pair(Rows<T>, Rows<T>) {}
+  void open_head() {}
+  void close_head(Rows<T>) {}
+
+  // dv += P^T grad_out, dk += dS^T q, dq += dS k, each where wanted
+  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, const T* P, const T* dS, int64_t ld, Rows<T> dq,
+                  Rows<T> dk, Rows<T> dv) {
+    const int64_t j = region_.j(lo), i = region_.i(r0), step = region_.step;
+    if (dv.data != nullptr)
+      gemm<V, true, true>(cols, width_ / V::W, rows, P, ld, grad_out_.data + r0 * grad_out_.ld, grad_out_.ld,
+                          dv.data + j * dv.ld, dv.ld * step);
+    if (dk.data != nullptr)
+      gemm<V, true, true>(cols, depth_ / V::W, rows, dS, ld, query_.data + r0 * query_.ld, query_.ld,
+                          dk.data + j * dk.ld, dk.ld * step);
+    if (dq.data != nullptr)
+      gemm<V, false, true>(rows, depth_ / V::W, cols, dS, ld, key_.data + lo * key_.ld, key_.ld, dq.data + i * dq.ld,
+                           dq.ld * step);
+  }
+
+ private:
+  Rows<T> stage(const View& v, int64_t first, int64_t count, int64_t b, int64_t h, int64_t width, T* buffer) const {
+    return stage_rows<V>(at(v, head_offset(v, b, h) + first * v.stride[2]), v.dtype, v.stride[2] * region_.step, count,
+                         width, buffer);
+  }
+
+  // Columns [col, col + words) of the panels, which may start inside one.
+  static void panels(int64_t rows, int64_t words, int64_t depth, const T* A, int64_t lda, const T* panels, int64_t col,
+                     T* C, int64_t ldc) {
+    constexpr int64_t P = kPanel<V>, W = V::W;
+    while (words > 0) {
+      const int64_t inside = col % P, n = min64((P - inside) / W, words);
+      gemm<V, false, false>(rows, n, depth, A, lda, panels + (col - inside) * depth + inside, P, C, ldc);
+      words -= n;
+      col += n * W;
+      C += n * W;
+    }
+  }
+
+  const MaskedAttentionParams& p_;
+  int64_t depth_, width_;
+  T *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *grad_out_buffer_;
+  Region region_{};
+  Rows<T> key_, value_, query_, grad_out_;
+};
+
+}  // namespace
+}  // namespace lam
