@@ -1,0 +1,18 @@
+"""lam_kernels: attention with learned masks, fused forward and backward."""
+
+from ._version import __version__
+from .ops import backends, explain, lam_attention, masked_attention
+from .patterns import BlockDiagonal, Causal, DilatedToeplitz, Segments, Toeplitz
+
+__all__ = [
+    "BlockDiagonal",
+    "Causal",
+    "DilatedToeplitz",
+    "Segments",
+    "Toeplitz",
+    "__version__",
+    "backends",
+    "explain",
+    "lam_attention",
+    "masked_attention",
+]
