@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/levels.h"
+#include "cpu/scratch.h"
 #include "lam.h"
 
 namespace {
@@ -64,6 +65,38 @@ int64_t stride_or_broadcast(const Tensor& t, int64_t axis) { return t.size(axis)
 
 Tensor with_unit_last_stride(const Tensor& t) {
   return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// A call of torch::stable::contiguous costs microseconds even where there is nothing to do.
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// A new contiguous tensor, contents undefined. A large one lives in memory that is kept from call to call: page faults
+// of fresh memory cost a fifth of a call (fp32, 197 tokens).
+Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                std::optional<ScalarType> dtype = std::nullopt) {
+  constexpr int64_t kKeptFromBytes = int64_t{1} << 20;
+  const ScalarType type = dtype ? *dtype : like.scalar_type();
+  int64_t numel = 1;
+  Shape strides(sizes.size());
+  for (size_t axis = sizes.size(); axis-- > 0; numel *= sizes[axis]) strides[axis] = numel;
+  if (numel * bytes_of(type) >= kKeptFromBytes) {
+    void* memory = lam::scratch_acquire(numel * bytes_of(type));
+    STD_TORCH_CHECK(memory != nullptr, "out of memory: ", numel * bytes_of(type), " bytes for a result");
+    return torch::stable::from_blob(memory, sizes, strides, like.device(), type, lam::scratch_release);
+  }
+  // torch::stable::new_empty looks its operator up by name, which takes longer than the allocation does
+  int32_t dtype_code = 0;
+  if (dtype) dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+                                                          static_cast<int64_t>(sizes.size()),
+                                                          dtype ? &dtype_code : nullptr, nullptr, nullptr, 0, nullptr,
+                                                          &handle));
+  return Tensor(handle);
 }
 
 lam::View view(void* data, lam::DType dtype, const Tensor& t) {
@@ -259,8 +292,8 @@ std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(Tensor query, Tensor key, Te
             dropout_p, gate);
   lam::MaskedAttentionParams& p = call.p;
   const Shape out_shape{p.B, p.H, p.Lq, p.Dv}, lse_shape{p.B, p.H, p.Lq};
-  Tensor out = torch::stable::new_empty(query, out_shape);
-  Tensor lse = torch::stable::new_empty(query, lse_shape, call.lse_dtype());
+  Tensor out = allocate(query, out_shape);
+  Tensor lse = allocate(query, lse_shape, call.lse_dtype());
   if (call.no_pairs()) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
@@ -291,21 +324,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_cpu_bwd(
                   "grad_out and out must have query's dtype");
   STD_TORCH_CHECK(lse.scalar_type() == call.lse_dtype(), "lse has the wrong dtype");
   grad_out = with_unit_last_stride(grad_out);
-  out = torch::stable::contiguous(out);
-  lse = torch::stable::contiguous(lse);
+  out = as_contiguous(out);
+  lse = as_contiguous(lse);
   if (grad_lse) {
     check_tensor(*grad_lse, "grad_lse", {p.B, p.H, p.Lq});
     STD_TORCH_CHECK(grad_lse->scalar_type() == call.lse_dtype(), "grad_lse must have the dtype of lse");
-    grad_lse = torch::stable::contiguous(*grad_lse);
+    grad_lse = as_contiguous(*grad_lse);
   }
 
   const bool zeros = call.no_pairs();
   const Shape empty{0};
   auto gradient = [&](const Tensor& operand, bool wanted, lam::DType dtype, lam::View& v) {
-    if (!wanted) return torch::stable::new_empty(operand, empty);
+    if (!wanted) return allocate(operand, empty);
     const auto sizes = operand.sizes();
     if (zeros) return torch::stable::new_zeros(operand, sizes);
-    Tensor grad = torch::stable::new_empty(operand, sizes);
+    Tensor grad = allocate(operand, sizes);
     v = view(grad.mutable_data_ptr(), dtype, grad);
     return grad;
   };

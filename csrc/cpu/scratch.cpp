@@ -14,6 +14,7 @@ struct Block {  // lies in the 64 bytes before the memory that is handed out
 };
 constexpr int64_t kHeader = 64;
 constexpr int64_t kHugePage = int64_t{2} << 20;
+// A block serves what needs at least half of it: a small request must not hold a large block.
 constexpr int64_t kMaxCachedBytes = int64_t{192} << 20;
 
 Block* cached = nullptr;
@@ -36,7 +37,7 @@ void* scratch_acquire(int64_t bytes) {
     if (lock.held) {
       Block** best = nullptr;
       for (Block** at = &cached; *at != nullptr; at = &(*at)->next)
-        if ((*at)->bytes >= bytes && (best == nullptr || (*at)->bytes < (*best)->bytes)) best = at;
+        if ((*at)->bytes >= bytes && (*at)->bytes / 2 <= bytes && (best == nullptr || (*at)->bytes < (*best)->bytes)) best = at;
       if (best != nullptr) {
         Block* block = *best;
         *best = block->next;

@@ -1,0 +1,75 @@
+# Two commands on a fresh machine: `make demo`, `make test`. A second call reuses everything that is already there.
+#
+#   PYTHON       the interpreter that .venv is made from: 3.11 or 3.12
+#   TORCH_INDEX  a package index to take torch from, for example one with CPU-only builds, which are ten times smaller
+#                than the CUDA builds of the default index
+#   MAX_JOBS     how many files are compiled at once (default: one a core)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+# The series that the CUDA builds of this torch bring along. CPU builds bring none.
+TRITON := triton>=3.7,<3.8
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: build demo test test-full lint fmt bench clean
+
+# $(call timed,what,command): says what runs, and how many seconds it took.
+define timed
+@echo "== $(1)"; SECONDS=0; { $(2); } </dev/null || exit $$?; echo "== $(1): $$SECONDS s"
+endef
+
+build: $(VENV)/installed
+	$(call timed,libraries,$(BIN)/python -W ignore setup.py -q build_ext --inplace)
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), sys.version' 2>/dev/null || \
+	  { echo "lam_kernels needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=..."; exit 2; }
+	@command -v $${CXX:-g++} >/dev/null || { echo "lam_kernels needs a C++ compiler: install g++"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install the python3-venv package"; exit 2; }
+	$(call timed,virtual environment,$(PYTHON) -m venv --clear $(VENV))
+	@touch $@
+
+$(VENV)/torch: $(VENV)/created
+	$(call timed,$(TORCH),$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)")
+	@touch $@
+
+$(VENV)/tools: $(VENV)/torch
+	$(call timed,build tools,$(PIP) install "setuptools>=77" wheel "ninja>=1.11" "pybind11>=2.13" "$(TORCH)")
+	@touch $@
+
+# The libraries are compiled before pip is called, because pip hides the compiler's progress.
+$(VENV)/installed: $(VENV)/tools pyproject.toml setup.py
+	$(call timed,libraries,$(BIN)/python -W ignore setup.py -q build_ext --inplace)
+	$(call timed,lam_kernels and what demo and tests need,$(PIP) install --no-build-isolation -e ".[test]" "$(TORCH)" "$(TRITON)")
+	@touch $@
+
+demo: build
+	$(call timed,demo,$(BIN)/python -m lam_kernels train image-classification)
+
+test: build
+	$(call timed,tests,$(BIN)/python -m pytest)
+
+test-full: build
+	$(call timed,all tests,$(BIN)/python -m pytest --full)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: build
+	$(call timed,bench,$(BIN)/python -m bench run)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache
+	rm -f lam_kernels/*.so lam_kernels/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
