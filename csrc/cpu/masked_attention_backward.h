@@ -41,14 +41,14 @@ class Backward {
         });
       each_pair([&](Pairs u) { shared.finish_heads(u, heads_per_pair); });
     } else {
-      const int64_t tasks = plan.replicas > 1 ? plan.replicas : plan.units;
+      const int64_t tasks = plan.units * plan.replicas;
       run_tasks(p, tasks, [&](int64_t worker, int64_t task) {
         Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
         Backward backward(p, shared, arena);
         const Part part{task, tasks};
         const Pairs u{part.begin(pairs), part.end(pairs), plan.head_major};
         if (!shared.one_region) shared.clear_heads(u, heads_per_pair);
-        backward.work(u, {}, {}, plan.replicas > 1 ? task : 0);
+        backward.work(u, {}, {}, task % plan.replicas);
         if (!shared.one_region) shared.finish_heads(u, heads_per_pair);
       });
     }
@@ -90,7 +90,7 @@ class Backward {
       if (g.data == nullptr) return t;
       const bool over_rows = g.stride[2] == 0 && p.Lq > 1, over_cols = g.stride[3] == 0 && p.Lk > 1;
       const bool over_batch = g.stride[0] == 0 && p.B > 1, over_heads = g.stride[1] == 0 && p.H > 1;
-      t.numel = (over_batch ? 1 : p.B) * (over_heads ? 1 : p.H) * (over_rows ? 1 : p.Lq) * (over_cols ? 1 : p.Lk);
+      t.numel = count_elements(p, g);
       t.replicas = over_rows && over_cols && plan.groups > 1 ? plan.groups : plan.replicas;
       t.covered = !Visibility::needed(p);
       const bool one_run = over_batch == over_heads || p.H == 1 || p.B == 1 ||

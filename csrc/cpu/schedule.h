@@ -86,9 +86,18 @@ struct BackwardPlan {
   bool head_major = false;
   int64_t pairs_per_unit = 1;  // pairs that share a wanted mask gradient
   int64_t units = 1;
-  int64_t groups = 1;    // row groups and column groups of a unit: in phase f, group g owns (rows g, columns g + f)
-  int64_t replicas = 1;  // copies of the mask gradients, one a task, where short sequences are split by pairs instead
+  int64_t groups = 1;  // row groups and column groups of a unit: in phase f, group g owns (rows g, columns g + f)
+  int64_t replicas = 1;  // parts of a unit's pairs, each with a copy of the mask gradients, instead of groups
 };
+
+// Elements of a gradient; 0 when it is not wanted.
+inline int64_t count_elements(const MaskedAttentionParams& p, const View& g) {
+  if (g.data == nullptr) return 0;
+  const int64_t sizes[] = {p.B, p.H, p.Lq, p.Lk};
+  int64_t n = 1;
+  for (int axis = 0; axis < 4; ++axis) n *= g.stride[axis] == 0 ? 1 : sizes[axis];
+  return n;
+}
 
 inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned) {
   BackwardPlan plan;
@@ -104,14 +113,17 @@ inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned
   plan.pairs_per_unit = link_batch && link_heads ? pairs : link_batch ? p.B : link_heads ? p.Hkv : 1;
   plan.head_major = link_batch && !link_heads;
   plan.units = pairs / plan.pairs_per_unit;
-  if (plan.units >= threads && (plan.units % threads == 0 || plan.units >= 4 * threads)) return plan;
-  if (threads == 1) return plan;
-  if (p.Lq >= 192 && p.Lk >= 192 && min64(p.Lq, p.Lk) / threads >= 64) {
-    plan.groups = patterned ? 2 * threads : threads;
-    if (min64(p.Lq, p.Lk) / plan.groups < 64) plan.groups = threads;
-  } else if (pairs > plan.units) {
-    plan.replicas = plan.units * min64(threads, plan.pairs_per_unit);
-    plan.replicas = min64(plan.replicas, pairs);
+  if (threads == 1 || (plan.units >= threads && (plan.units % threads == 0 || plan.units >= 4 * threads))) return plan;
+  // Groups need rows and columns to share out; copies need memory, and a unit of more than one pair.
+  constexpr int64_t kRowsPerGroup = 96, kMaxCopiedElements = int64_t{1} << 24;
+  const int64_t most_groups = min64(threads, min64(p.Lq, p.Lk) / kRowsPerGroup);
+  const int64_t copies = min64(ceil_div(threads, plan.units), plan.pairs_per_unit);
+  const int64_t copied = copies * (count_elements(p, p.grad_multiplier) + count_elements(p, p.grad_bias));
+  if (copies > 1 && most_groups < threads && copied <= kMaxCopiedElements) {
+    plan.replicas = copies;
+  } else if (most_groups > 1) {
+    const bool uneven = patterned && min64(p.Lq, p.Lk) / (2 * most_groups) >= kRowsPerGroup;
+    plan.groups = uneven ? 2 * most_groups : most_groups;
   }
   return plan;
 }
