@@ -1,0 +1,175 @@
+"""Rows of results/*.jsonl, and the facts about machine and software that each of them carries."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+
+# glibc gives large blocks back to the system at every free and page-faults them in anew, which is
+# half of plain PyTorch's time here. "kept" makes it keep them; both settings are what people run.
+ALLOCATORS = {
+    "default": {},
+    "kept": {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**34),
+        "MALLOC_TOP_PAD_": str(2**28),
+    },
+}
+_VARIABLES = tuple(ALLOCATORS["kept"])
+
+
+# Names a folder that a run's processes share: each reference is computed once for all of them.
+REFERENCES = "LAM_BENCH_REFERENCES"
+
+
+@contextlib.contextmanager
+def shared_references():
+    """That folder while the run lasts; the parent process's where there is one."""
+    if REFERENCES in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[REFERENCES] = folder
+        try:
+            yield
+        finally:
+            del os.environ[REFERENCES]
+
+
+def allocator_of(environment=os.environ) -> str:
+    """Which of ALLOCATORS this environment is; "custom" when it is none."""
+    found = {name: environment[name] for name in _VARIABLES if name in environment}
+    for name, wanted in ALLOCATORS.items():
+        if found == wanted:
+            return name
+    return "custom"
+
+
+def environment_for(allocator: str) -> dict[str, str]:
+    """A copy of the environment with that allocator setting."""
+    rest = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    return rest | ALLOCATORS[allocator]
+
+
+def cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1].strip() if model else platform.machine()
+
+
+def cpu_level() -> str:
+    """The widest vector level that matters to attention, from the processor's flags."""
+    try:
+        flags = set(
+            re.search(r"^flags\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split()
+        )
+    except (OSError, TypeError):
+        return platform.machine()
+    wanted = (
+        ("amx", {"amx_tile", "amx_bf16", "avx512f"}),
+        ("avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+        ("avx2", {"avx2", "fma", "f16c"}),
+    )
+    return next((name for name, need in wanted if need <= flags), "portable")
+
+
+def kernel_level() -> str:
+    """The level our kernels run at; "none" where they cannot run."""
+    from lam_kernels.ops import _native
+
+    return "none" if _native.unavailable() else _native.level()
+
+
+def machine_slug() -> str:
+    """The processor in a file name: no host name, no address."""
+    words = re.sub(r"\(R\)|\(TM\)|CPU|Processor|@", " ", cpu_model(), flags=re.IGNORECASE)
+    slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
+    return f"{slug}-{cpu_level()}-{os.cpu_count()}cpu"
+
+
+def commit() -> str:
+    """Short hash of the checkout, "-dirty" where tracked files differ; "none" outside one."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        if head.returncode:
+            return "none"
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
+    except OSError:
+        return "none"
+    changed = [line for line in status.stdout.splitlines() if "bench/results/" not in line]
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def facts() -> dict:
+    """What every row of a run has in common; imports torch."""
+    import torch
+
+    from lam_kernels import __version__
+
+    now = datetime.now(UTC)
+    return {
+        "date": now.strftime("%Y-%m-%d"),
+        "time": now.strftime("%H:%M:%S"),
+        "machine": cpu_model(),
+        "cpus": os.cpu_count(),
+        "level": cpu_level(),
+        "kernel_level": kernel_level(),
+        "torch_level": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lam_kernels": __version__,
+        "commit": commit(),
+    }
+
+
+def default_path() -> Path:
+    return RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{machine_slug()}.jsonl"
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> list[dict]:
+    """All rows of a file. ValueError names the line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not a row of JSON ({error})") from None
+        if not isinstance(row, dict) or "run" not in row:
+            raise ValueError(f"{path}, line {number}: not a measurement of this bench")
+        rows.append(row)
+    return rows
+
+
+def newest() -> Path:
+    """The results file that was written last; FileNotFoundError when there is none."""
+    files = sorted(RESULTS.glob("*.jsonl"), key=lambda path: (path.name[:10], path.stat().st_mtime))
+    if not files:
+        raise FileNotFoundError(f"no results in {RESULTS}: `python -m bench run` writes them")
+    return files[-1]

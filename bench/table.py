@@ -1,0 +1,171 @@
+"""Rows -> the README's table, in markdown. Nothing is in it that is not in the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .cases import SECTIONS
+
+_DIRECTIONS = {"fwd": "forward", "both": "forward + backward", "call": "forward, gradients on"}
+
+
+def choose_run(rows: list[dict], run_id: str | None = None) -> list[dict]:
+    """The rows of the named run; else of the last run of a whole set; else of the last run."""
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    if run_id is None:
+        whole = {row["run"] for row in rows if row.get("set") not in ("part", "smoke")}
+        run_id = next((r for r in reversed(runs) if r in whole), runs[-1] if runs else None)
+    chosen = [row for row in rows if row["run"] == run_id]
+    if not chosen:
+        raise ValueError(f"no run {run_id!r} here; there are {', '.join(runs) or 'none'}")
+    return chosen
+
+
+_BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def insert(document: str, text: str) -> str:
+    """The document with the text between its two markers, each a line of its own."""
+    before, begin, rest = document.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        raise ValueError(f"there is no {_BEGIN} ... {_END} to write the table to")
+    return f"{before}{begin}\n{text.strip()}\n{end}{after}"
+
+
+def render(rows: list[dict], run_id: str | None = None) -> str:
+    """One table a section, the machine and the date above them, what was missed below."""
+    rows = choose_run(rows, run_id)
+    parts = [_origin(rows)]
+    for section, title in SECTIONS.items():
+        mine = [row for row in rows if row.get("section") == section]
+        if mine:
+            parts += [f"**{title}**", _section(mine)]
+    parts.append(_summary(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _origin(rows: list[dict]) -> str:
+    first = rows[0]
+    peaks = [
+        f"torch.mm {row['dtype']} {row['matmul_tflops']:.2f} TFLOP/s, "
+        f"copy {row['copy_gbps']:.0f} GB/s ({row['allocator']})"
+        for row in rows
+        if row["measure"] == "peaks"
+    ]
+    threads = "/".join(str(n) for n in sorted({row["threads"] for row in rows}))
+    text = (
+        f"Measured {first['date']} on {first['machine']} ({first['cpus']} CPUs, {first['level']}, "
+        f"kernels at {first['kernel_level']}), {threads} threads, torch {first['torch']}, "
+        f"Python {first['python']}, lam_kernels {first['lam_kernels']}, commit {first['commit']}, "
+        f"run {first['run']}."
+    )
+    if peaks:
+        text += " In the same run: " + "; ".join(peaks) + "."
+    return text + (
+        "\nTimes are medians of interleaved samples in ms; ratio = ours / contender with the 20 "
+        "and 80 percentiles of the ratios within a round. Allocator: default = glibc as it is, "
+        "kept = glibc told to keep its memory. ~ = too few samples without other load: all used."
+    )
+
+
+def _section(rows: list[dict]) -> str:
+    measure = rows[0]["measure"]
+    if measure == "memory":
+        head = (
+            "case",
+            "dtype",
+            "allocator",
+            "contender",
+            "peak MiB",
+            "MiB kept afterwards",
+            "target",
+            "reached",
+        )
+    elif measure == "overhead":
+        head = (
+            "case",
+            "direction",
+            "allocator",
+            "contender",
+            "us",
+            "ours - this, us",
+            "target",
+            "reached",
+        )
+    else:
+        head = ("case", "dtype", "allocator", "contender", "ms (20 .. 80 %)", "of torch.mm",
+                "ours / this", "target", "reached")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    shown = None
+    for row in rows:
+        key = (row["case"], row["dtype"], row["direction"], row["allocator"])
+        cells = _cells(row, measure)
+        if key == shown:
+            cells[:3] = ["", "", ""]
+        shown = key
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: dict, measure: str) -> list[str]:
+    case = f"{row['case']}: {row['label']}"
+    target, reached = "", ""
+    if "target" in row:
+        target = f"{row['target']:g}" if measure == "overhead" else f"{row['target']:.4g}"
+        reached = {True: "yes", False: "**no**", None: "not measured"}[row.get("target_met")]
+    kind = row["direction"] if measure == "overhead" else row["dtype"]
+    if measure == "time":
+        case += f", {_DIRECTIONS[row['direction']]}"
+    elif measure == "overhead":
+        kind = _DIRECTIONS[kind]
+    cells = [case, kind, row["allocator"], row["contender"]]
+    if "error" in row:
+        width = 2 if measure != "time" else 3
+        return [*cells, row["error"], *[""] * (width - 1), target, reached]
+    if measure == "memory":
+        return [*cells, f"{row['peak_mib']:.0f}", f"{row['kept_mib']:.0f}", target, reached]
+    mark = "~" if row["disturbed"] else ""
+    if measure == "overhead":
+        difference = row.get("ours_minus_this_us")
+        low, middle, high = (row[k] * 1e3 for k in ("p20_ms", "median_ms", "p80_ms"))
+        time = f"{mark}{middle:.1f} ({low:.1f} .. {high:.1f})"
+        return [*cells, time, "" if difference is None else f"{difference:.1f}", target, reached]
+    share = f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
+    return [*cells, f"{mark}{_times(row)}", share, _ratio(row), target, reached]
+
+
+def _times(row: dict) -> str:
+    return f"{row['median_ms']:.4g} ({row['p20_ms']:.4g} .. {row['p80_ms']:.4g})"
+
+
+def _ratio(row: dict) -> str:
+    if "ours_over_this" not in row:
+        return ""
+    text = f"{row['ours_over_this']:.2f}"
+    if "ours_over_this_p20" in row:
+        text += f" ({row['ours_over_this_p20']:.2f} .. {row['ours_over_this_p80']:.2f})"
+    return text
+
+
+def _summary(rows: list[dict]) -> str:
+    held = [row for row in rows if "target" in row]
+    reached = sum(row.get("target_met") is True for row in held)
+    text = f"Targets reached: {reached} of {len(held)}."
+    missed = [row for row in held if row.get("target_met") is not True]
+    if missed:
+        text += " Not reached: " + "; ".join(_missed(missed)) + "."
+    dropped = sum(row.get("dropped", 0) for row in rows)
+    taken = sum(row.get("samples", 0) for row in rows)
+    return (
+        f"{text}\nSamples used: {taken}; dropped because other work kept our threads waiting: "
+        f"{dropped}."
+    )
+
+
+def _missed(rows: Iterable[dict]) -> list[str]:
+    return [
+        f"{row['case']} {row['dtype']} {row['direction']} {row['allocator']}"
+        + (f" against {row['contender']}" if row["contender"] != "ours" else "")
+        for row in rows
+    ]

@@ -1,0 +1,221 @@
+"""The cases are what the project promised to measure; contenders compute what they claim."""
+
+import pytest
+import torch
+
+from bench import baselines, check, measure
+from bench.cases import CASES, DTYPES, MEASURES, SECTIONS, Case, Goal, select
+from python_ref.inputs import Problem
+
+# The targets table as it was set: shape; fp32 over compile, over SDPA; the same in bf16.
+PROMISED = {
+    "dense-L50": ("B16 H12 L50 D64", 0.70, 0.70, 0.60, 0.20),
+    "dense-L197": ("B8 H12 L197 D64", 0.65, 0.75, 0.55, 0.30),
+    "dense-L300": ("B4 H8 L300 D64", 0.60, 0.80, 0.45, 0.35),
+    "dense-L1024": ("B1 H8 L1024 D64", 0.42, 1.00, 0.22, 0.45),
+    "dense-L4096": ("B1 H8 L4096 D64", 0.40, 1.00, 0.20, 0.50),
+}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_the_targets_table(name):
+    case, (shape, *targets) = CASES[name], PROMISED[name]
+    assert case.label.startswith(shape)
+    found = [
+        goal.at_most
+        for dtype in ("fp32", "bf16")
+        for peer in ("compile", "sdpa_nomask")
+        for goal in case.goals_of(dtype, "both")
+        if goal.peers == (peer,)
+    ]
+    assert found == targets
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_cases_are_well_formed(case):
+    assert case.section in SECTIONS
+    assert case.measure in MEASURES
+    assert set(case.peers) <= baselines.PEERS.keys()
+    assert all(set(goal.peers) <= set(case.peers) for goal in case.goals)
+    for dtype in case.dtypes:
+        measure.problem_of(case, dtype)
+        for direction in case.directions:
+            assert "smoke" in case.sets or case.goals_of(dtype, direction), (
+                "a case without a target"
+            )
+
+
+def test_every_sentence_below_the_table_has_a_case():
+    sections = {case.section for case in select("foundation")}
+    assert sections == SECTIONS.keys() - {"smoke"}
+    one = {name: {goal.at_most for goal in CASES[name].goals} for name in CASES}
+    assert one["toeplitz64-bias"] == one["toeplitz64-nomask"] == {0.30}
+    assert one["blockdiagonal64-bias"] == one["blockdiagonal64-nomask"] == {0.9}
+    assert one["headdim16-L197"] == one["headdim24-L1024"] == {1.0}
+    assert one["forward-L1024"] == one["frozen-L4096"] == {1.05}
+    assert one["nomask-L300"] == {1.0}
+    assert one["memory-L4096"] == {120.0}
+    assert one["threads-L1024"] == {1 / 1.8}
+    assert one["overhead-tiny"] == {20.0}
+    assert "m" not in CASES["frozen-L197"].problem["grads"]
+
+
+def test_select():
+    assert [c.name for c in select("foundation", names=["dense-L50"])] == ["dense-L50"]
+    assert {c.name for c in select("foundation", names=["dense-*"])} == set(PROMISED)
+    assert len(select("foundation", names=["toeplitz", "toeplitz64-bias"])) == 2
+    assert 0 < len(select("foundation", quick=True)) < len(select("foundation"))
+    assert [c.name for c in select("foundation", names=["memory"])] == ["memory-L4096"]
+    assert [c.name for c in select("foundation", names=["smoke-memory"])] == ["smoke-memory"]
+    with pytest.raises(ValueError, match="no case matches 'nothing'"):
+        select("foundation", names=["nothing"])
+
+
+def _errors(name, problem, direction="both", backend="reference"):
+    one = baselines.contender(name, problem, direction, backend, check.draw)
+    return check.problems_in(one.result(), one.peer.problem(problem))
+
+
+DENSE = Problem(B=2, H=2, Lq=9, D=4, multiplier="b1qk")
+BAND = Problem(B=1, H=2, Lq=256, D=4, bias="1h1k", pattern="Toeplitz(64)")
+BLOCKS = Problem(B=2, H=2, Lq=128, D=4, bias="1h1k", pattern="BlockDiagonal(32)")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("ours", DENSE),
+        ("eager", DENSE),
+        ("eager", BAND),
+        ("sdpa_nomask", DENSE),
+        ("ours_d32", DENSE),
+        ("blocks64", BAND),
+        ("blocks128", BAND),
+        ("windows64", BAND),
+        ("blocks64", BAND.but(bias=None)),
+        ("reshaped", BLOCKS),
+        ("reshaped", BLOCKS.but(bias=None)),
+        ("reshaped_sdpa", BLOCKS.but(bias=None)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("direction", ["both", "fwd"])
+def test_peers_compute_the_same(name, problem, direction, dtype):
+    errors, wrong = _errors(name, problem.but(dtype=dtype), direction)
+    assert not wrong
+    learned = {"multiplier", "bias"} & {n for n in ("multiplier", "bias") if getattr(problem, n)}
+    if name == "sdpa_nomask":
+        learned = set()
+    gradients = {"query", "key", "value", *learned} if direction == "both" else set()
+    assert errors.keys() == {"out", *gradients}
+
+
+def test_a_frozen_mask_gets_no_gradient():
+    errors, wrong = _errors("ours", DENSE.but(grads="qkv"))
+    assert not wrong
+    assert errors.keys() == {"out", "query", "key", "value"}
+
+
+@pytest.mark.parametrize("problem", [DENSE, BAND, BLOCKS], ids=["dense", "band", "blocks"])
+def test_slices_of_large_problems_agree_with_the_whole(problem, monkeypatch):
+    """Above the limit slices are compared: right results pass, and each output has a part."""
+    check.expected.cache_clear()
+    monkeypatch.setattr(check, "FULL_PAIRS", 0)
+    errors, wrong = _errors("eager", problem.but(seed=1))
+    check.expected.cache_clear()
+    assert not wrong
+    leaves = {"query", "key", "value"} | {n for n in ("multiplier", "bias") if getattr(problem, n)}
+    assert errors.keys() == {"out", *leaves}
+
+
+def _row_scaled(t):
+    t[0, 0, 3] *= 1.5
+
+
+def _shifted(t):
+    t[:] = t.roll(1, dims=2)
+
+
+def _one_nan(t):
+    t[0, 0, 0, 0] = float("nan")
+
+
+def _zeroed(t):
+    t.zero_()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["out", "query", "key", "value", "multiplier"])
+@pytest.mark.parametrize("fault", [_row_scaled, _shifted, _one_nan, _zeroed])
+@pytest.mark.parametrize("limit", [check.FULL_PAIRS, 0], ids=["whole", "slices"])
+def test_planted_faults_are_refused(name, fault, dtype, limit, monkeypatch):
+    check.expected.cache_clear()
+    monkeypatch.setattr(check, "FULL_PAIRS", limit)
+    problem = Problem(B=1, H=1, Lq=12, D=4, multiplier="11qk", dtype=dtype)
+    one = baselines.contender("eager", problem, "both", "", check.draw)
+    result = {n: t.clone() for n, t in one.result().items()}
+    fault(result[name])
+    _, wrong = check.problems_in(result, problem)
+    check.expected.cache_clear()
+    assert any(name in sentence for sentence in wrong)
+
+
+def _settings(**changes):
+    base = {
+        "samples": 1,
+        "seconds": 0.01,
+        "threads": 1,
+        "allocator": "default",
+        "backend": "reference",
+    }
+    return measure.Settings(**base | changes)
+
+
+def test_a_wrong_contender_and_a_failing_one_are_rows_without_a_time(monkeypatch):
+    def wrong(operands, backend=""):
+        return lambda query, key, value, multiplier, bias: value * 2
+
+    def failing(operands, backend=""):
+        raise NotImplementedError("no backward on this device\nand more")
+
+    monkeypatch.setitem(baselines.PEERS, "wrong", baselines.Peer("", wrong))
+    monkeypatch.setitem(baselines.PEERS, "failing", baselines.Peer("", failing))
+    problem = {"B": 1, "H": 1, "Lq": 8, "D": 4}
+    goals = (Goal(9.0, ("wrong", "eager")), Goal(9.0, ("failing",)))
+    case = Case("x", "smoke", problem, ("wrong", "failing", "eager"), goals, directions=("fwd",))
+    peak = {"matmul_tflops": 1.0, "copy_gbps": 1.0}
+    rows = measure.measure(case, "fp32", "fwd", _settings(), peak)
+    by_name = {row["contender"]: row for row in rows}
+    assert by_name["wrong"]["error"].startswith("wrong result: out differs")
+    assert by_name["failing"]["error"] == "NotImplementedError: no backward on this device and more"
+    assert "median_ms" not in by_name["wrong"] | by_name["failing"]
+    assert by_name["failing"]["target"] == 9.0
+    assert "target_met" not in by_name["failing"]
+    assert by_name["eager"]["median_ms"] > 0
+    assert "target_met" in by_name["eager"]
+
+
+def test_a_goal_is_judged_against_the_fastest_of_its_peers():
+    rows = [
+        {"contender": "ours", "median_ms": 3.0},
+        {"contender": "a", "median_ms": 10.0, "ours_over_this": 0.3},
+        {"contender": "b", "median_ms": 6.0, "ours_over_this": 0.5},
+    ]
+    measure._judge(rows, [Goal(0.4, ("a", "b"))], "time")
+    assert "target" not in rows[1]
+    assert rows[2] | {"target": 0.4, "target_met": False} == rows[2]
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    case = CASES["smoke-self"]
+    try:
+        rows = measure.measure(
+            case, "fp32", "both", _settings(threads=2), {"matmul_tflops": 1.0, "copy_gbps": 1.0}
+        )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert [row["contender"] for row in rows] == ["ours", "ours_d32", "ours_1thread"]
+    assert not any("error" in row for row in rows)

@@ -1,0 +1,224 @@
+"""The command line: rows in a file, the table from a file, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench import check, memory, record, table
+from bench.__main__ import describe, main
+from python_ref.inputs import Problem
+
+
+def _bench(*arguments, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        capture_output=True, text=True, cwd=record.ROOT.parent, env=env,
+    )  # fmt: skip
+
+
+def test_a_run_writes_rows_and_the_table_reads_them(tmp_path):
+    """Both allocators, each in a process of its own, one file, one run."""
+    results = tmp_path / "results.jsonl"
+    done = _bench(
+        "run", "--case", "smoke-dense", "--case", "smoke-overhead", "--dtype", "fp32",
+        "--peer", "eager,plain_function", "--backend", "reference", "--samples", "1",
+        "--seconds", "0.01", "--threads", "1", "--allocator", "default,kept",
+        "--results", str(results),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = record.read(results)
+    assert len({row["run"] for row in rows}) == 1
+    assert {row["allocator"] for row in rows} == {"default", "kept"}
+    needed = {"machine", "level", "kernel_level", "threads", "torch", "commit", "date", "backend"}
+    measured = [row for row in rows if row["measure"] != "peaks"]
+    assert all(needed <= row.keys() for row in measured)
+    eager = [r for r in measured if r["contender"] == "eager" and r["case"] == "smoke-dense"]
+    assert len(eager) == 4  # two directions, two allocators
+    for row in eager:
+        assert row["samples"] >= 1
+        assert row["ours_over_this"] > 0
+        assert row["flops"] > 0
+        assert set(row["errors"]) >= {"out"}
+
+    shown = _bench("table", "--results", str(results))
+    assert shown.returncode == 0, shown.stderr
+    assert "smoke-dense: B2 H2 L17 D8" in shown.stdout
+    assert rows[0]["machine"] in shown.stdout
+    assert rows[0]["date"] in shown.stdout
+    assert "| eager |" in shown.stdout
+
+
+def test_memory_is_measured_in_a_fresh_process():
+    found = memory.measure_apart(
+        "smoke-memory", "fp32", "both", "eager", 1, "reference", allocator="kept"
+    )
+    assert "error" not in found
+    assert found["peak_mib"] >= found["kept_mib"] >= 0
+
+
+def test_memory_sees_what_a_call_takes():
+    block = 40 * 2**20
+    peak, kept = memory.peak_mib(lambda: bytes(bytearray(os.urandom(1) * block)))
+    assert 75 < peak < 90  # the bytearray and its copy
+    assert kept < 5
+
+
+def test_environment_of_the_allocators(monkeypatch):
+    for name in record.ALLOCATORS["kept"]:
+        monkeypatch.delenv(name, raising=False)
+    assert record.allocator_of() == "default"
+    assert record.allocator_of(record.environment_for("kept")) == "kept"
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert record.allocator_of() == "custom"
+    assert record.allocator_of(record.environment_for("default")) == "default"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--case", "nothing"], "no case matches 'nothing'"),
+        (["run", "--dtype", "fp8"], "--dtype 'fp8': expected some of fp32"),
+        (["run", "--peer", "flax"], "--peer 'flax'"),
+        (["run", "--allocator", "jemalloc"], "--allocator 'jemalloc'"),
+        (["run", "--threads", "0"], "at least 1"),
+        (["run", "--case", "smoke-dense", "--backend", "quantum"], "backend 'quantum'"),
+        (["run", "--direction", "call", "--backend", "reference"], "no chosen case"),
+        (["table", "--results", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_sentence_and_code_2(arguments, sentence, monkeypatch, capsys):
+    for name in record.ALLOCATORS["kept"]:
+        monkeypatch.delenv(name, raising=False)
+    if arguments[0] == "run" and "--case" not in arguments:
+        arguments += ["--case", "smoke-dense"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+
+
+def test_a_broken_results_file_is_named_with_its_line(tmp_path, capsys):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"run": "a"}\n{"run": \n')
+    assert main(["table", "--results", str(path)]) == 2
+    assert "line 2" in capsys.readouterr().err
+
+
+def _row(**changes):
+    row = {
+        "run": "r1", "set": "foundation", "date": "2026-01-02", "machine": "A CPU", "cpus": 2,
+        "level": "avx2", "kernel_level": "avx2", "torch": "2.13.0", "python": "3.11.7",
+        "lam_kernels": "0.1.0", "commit": "abc1234", "threads": 2, "allocator": "default",
+        "case": "dense-L50", "section": "dense", "label": "B16 H12 L50 D64", "measure": "time",
+        "dtype": "fp32", "direction": "both", "contender": "ours", "median_ms": 2.0, "p20_ms": 1.9,
+        "p80_ms": 2.2, "samples": 9, "dropped": 1, "disturbed": False, "delay_measured": True,
+        "share_of_matmul": 0.5, "tflops": 0.1,
+    }  # fmt: skip
+    return row | changes
+
+
+PEER = {
+    "contender": "compile", "median_ms": 4.0, "p20_ms": 3.9, "p80_ms": 4.1, "ours_over_this": 0.5,
+    "ours_over_this_p20": 0.48, "ours_over_this_p80": 0.53, "target": 0.7, "target_met": True,
+}  # fmt: skip
+
+
+def test_the_table_says_what_the_rows_say():
+    memory_row = {
+        k: v for k, v in _row(measure="memory", section="memory", case="memory-L4096").items()
+        if k not in ("median_ms", "p20_ms", "p80_ms", "samples", "dropped", "disturbed")
+    }  # fmt: skip
+    rows = [
+        _row(),
+        _row(**PEER),
+        _row(**PEER | {"contender": "sdpa_nomask", "disturbed": True})
+        | {"target": 0.4, "target_met": False},
+        _row(contender="eager", error="RuntimeError: a | b"),
+        memory_row | {"peak_mib": 99.6, "kept_mib": 3.2, "target": 120.0, "target_met": True},
+        _row(
+            measure="overhead", section="overhead", case="overhead-tiny", direction="call",
+            contender="plain_function", ours_minus_this_us=12.34, target=20.0, target_met=True,
+        ),
+    ]  # fmt: skip
+    text = table.render(rows)
+    assert "Measured 2026-01-02 on A CPU (2 CPUs, avx2, kernels at avx2), 2 threads" in text
+    assert "| compile | 4 (3.9 .. 4.1) | 50% | 0.50 (0.48 .. 0.53) | 0.7 | yes |" in text
+    assert "| sdpa_nomask | ~4 (3.9 .. 4.1) | 50% | 0.50 (0.48 .. 0.53) | 0.4 | **no** |" in text
+    assert "RuntimeError: a \\| b" in text
+    assert "| ours | 100 | 3 | 120 | yes |" in text
+    assert "| 12.3 | 20 | yes |" in text
+    assert (
+        "Targets reached: 3 of 4. Not reached: dense-L50 fp32 both default against sdpa_nomask."
+        in text
+    )
+    assert "dropped because other work kept our threads waiting: " in text
+    for line in text.splitlines():  # every table line has its section's number of cells
+        if line.startswith("|"):
+            assert line.replace("\\|", "").count("|") in (9, 10)
+
+
+def test_the_table_takes_the_last_whole_run_of_a_file():
+    rows = [_row(run="whole"), _row(run="whole2"), _row(run="tuning", set="part")]
+    assert table.choose_run(rows)[0]["run"] == "whole2"
+    assert table.choose_run(rows, "tuning")[0]["run"] == "tuning"
+    assert table.choose_run(rows[2:])[0]["run"] == "tuning"
+    with pytest.raises(ValueError, match="no run 'x'"):
+        table.choose_run(rows, "x")
+
+
+def test_lines_of_a_case():
+    text = describe([_row(), _row(**PEER), _row(contender="flex", error="NotImplementedError: no")])
+    assert "ours/this 0.50 (0.48 .. 0.53)  target 0.7 reached" in text
+    assert "9 samples, 1 dropped" in text
+    assert "NotImplementedError: no" in text
+
+
+def test_rows_are_plain_json(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    record.append(path, [_row()])
+    record.append(path, [_row()])
+    assert record.read(path) == [_row(), _row()]
+    with pytest.raises(ValueError, match="JSON"):
+        record.append(path, [_row(median_ms=float("nan"))])
+    assert json.loads(path.read_text().splitlines()[0])["case"] == "dense-L50"
+
+
+def test_the_file_name_says_processor_and_date_only():
+    name = record.default_path().name
+    assert name.endswith(".jsonl")
+    assert os.uname().nodename.split(".")[0] not in name.split("-") or len(os.uname().nodename) < 4
+
+
+def test_processes_of_a_run_share_references(monkeypatch):
+    """The second one reads what the first computed, and the folder is gone afterwards."""
+    monkeypatch.delenv(record.REFERENCES, raising=False)
+    problem = Problem(B=1, H=1, Lq=5, D=2, multiplier="11qk")
+    with record.shared_references():
+        folder = os.environ[record.REFERENCES]
+        check.expected.cache_clear()
+        first = check.expected(problem)
+        check.expected.cache_clear()
+        monkeypatch.setattr(check, "_expected", None)
+        second = check.expected(problem)
+        assert record.environment_for("kept")[record.REFERENCES] == folder
+        with record.shared_references():
+            assert os.environ[record.REFERENCES] == folder
+    check.expected.cache_clear()
+    assert not os.path.exists(folder)
+    assert record.REFERENCES not in os.environ
+    for a, b in zip(first, second, strict=True):
+        assert (a.name, a.index) == (b.name, b.index)
+        assert a.values.equal(b.values)
+
+
+def test_table_goes_between_the_markers_and_nowhere_else():
+    document = "a\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nz\n"
+    once = table.insert(document, "| new |\n")
+    assert once == "a\n<!-- bench:begin -->\n| new |\n<!-- bench:end -->\nz\n"
+    assert table.insert(once, "| new |") == once
+    with pytest.raises(ValueError, match="bench:begin"):
+        table.insert("no markers", "| new |")
