@@ -1,7 +1,8 @@
-"""Find, verify and load the compiled libraries, at the first use and not at import. Nothing here launches a kernel.
+"""Find, verify and load the compiled libraries, at the first use and not at import.
 
-Three states: not built (every op exists, backend "cpu" says why it cannot run), loaded, and broken, which is an
-ImportError: a library that is there and does not fit is never treated as one that is missing.
+Three states: not built (every op exists, backend "cpu" says why it cannot run), loaded, and
+broken, which is an ImportError: a library that is there and does not fit is never treated as one
+that is missing.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ def stamp() -> dict:
         return {}
     if _release(torch.__version__) < target:
         raise ImportError(
-            f"lam_kernels was built for torch {found['target_torch']} or later, this is torch {torch.__version__}: "
-            f"install a later torch"
+            f"lam_kernels was built for torch {found['target_torch']} or later, "
+            f"this is torch {torch.__version__}: install a later torch"
         )
     return found
 
 
 @functools.cache
 def _host():
-    """The module of what has no tensor in it. Loads both libraries; None when they are not built."""
+    """The module of what has no tensor in it, with both libraries loaded; None if not built."""
     if not stamp():
         return None
     library = _PACKAGE / f"_cpu{_SUFFIX}"
@@ -75,23 +76,26 @@ def _host():
 
 @functools.cache
 def unavailable() -> str:
-    """Why backend "cpu" cannot run in this process, "" when it can. Loads the libraries at the first call."""
+    """Why backend "cpu" cannot run here, "" when it can. The first call loads the libraries."""
     host = _host()
     return "not built for this Python: run `make build`" if host is None else host.level_error()
 
 
 def level() -> str:
-    """The instruction-set level in use: portable, avx2, avx512, amx or amx_emulated. RuntimeError when unavailable."""
+    """The instruction-set level in use: portable, avx2, avx512, amx or amx_emulated.
+
+    Raises RuntimeError when backend "cpu" is unavailable.
+    """
     if unavailable():
         raise RuntimeError(unavailable())
     return _host().level()
 
 
 def available_levels() -> list[str]:
-    """The levels that this build has and this machine can run, the least demanding first; [] when not built."""
+    """What this build has and this machine can run, least demanding first; [] if not built."""
     return [] if _host() is None else _host().available_levels()
 
 
 def release_scratch() -> int:
-    """Give scratch memory that kernels keep between calls back to the system; returns how many bytes it was."""
+    """Give the scratch memory that kernels keep between calls back; returns its bytes."""
     return 0 if _host() is None else _host().release_scratch()

@@ -1,0 +1,7 @@
+"""Modules with a learned attention mask: thin layers, each one call of the op."""
+
+from .lam_attention import LAMSelfAttention
+from .lam_encoder import LAMEncoder, LAMEncoderLayer
+from .learnable_attention_mask import LearnableAttentionMask
+
+__all__ = ["LAMEncoder", "LAMEncoderLayer", "LAMSelfAttention", "LearnableAttentionMask"]

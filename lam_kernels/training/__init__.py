@@ -1,0 +1,3 @@
+"""What every training command shares: loop, checkpoint, progress, memory, table, pictures. One
+file each.
+"""
