@@ -1,4 +1,4 @@
-"""Build the two libraries of lam_kernels with ninja: `_cpu` (kernels and torch ops) and `_host` (no tensors).
+"""Build the libraries with ninja: `_cpu` (kernels and torch ops) and `_host` (no tensors).
 
 LAM_DEBUG=1         -O0 -g, in a build folder of its own
 LAM_CUDA=auto|0|1   1 stops with the reason when no GPU library can be built; this version has none
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sysconfig
 import time
@@ -18,18 +19,29 @@ from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEBUG = os.environ.get("LAM_DEBUG") == "1"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CXX = os.environ.get("CXX", "g++")
-TARGET_TORCH = "2.11"  # the stable ABI of this version: the libraries load in it and in every later one
+TARGET_TORCH = (
+    "2.11"  # the stable ABI of this version: the libraries load in it and in every later one
+)
 TARGET_VERSION = "0x020b000000000000"
 
 # Never -ffast-math: with it isinf and isnan are compiled to false, and masks live on -inf.
 OPT = ["-O0", "-g"] if DEBUG else ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-BASE = [*OPT, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Icsrc"]
+BASE = [
+    *OPT,
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Icsrc",
+]
 # GCC 12 warns inside its own AVX-512 header (bug 105593).
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 AVX512 = [*AVX512.split(), "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -52,7 +64,9 @@ def package_dir(name):
     """Where a package is, without the seconds that importing torch takes."""
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise SystemExit(f"{name} must be installed first: pip install {name}, then --no-build-isolation")
+        raise SystemExit(
+            f"{name} must be installed first: pip install {name}, then --no-build-isolation"
+        )
     return Path(spec.origin).parent
 
 
@@ -73,8 +87,8 @@ def ninja_file(out):
     torch, pybind11 = package_dir("torch"), package_dir("pybind11")
     lines = [
         f"builddir = {out}",
-        f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out\n depfile = $out.d\n deps = gcc",
-        " description = compile $in ($level)",
+        f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out",
+        " depfile = $out.d\n deps = gcc\n description = compile $in ($level)",
         f"rule link\n command = {CXX} -shared $objects -o $out $flags\n description = link $out",
     ]
 
@@ -90,13 +104,24 @@ def ninja_file(out):
         lines.append(f" objects = {' '.join(objects)}\n flags = {' '.join(flags)}")
         return name
 
-    stable = [f"-isystem{torch / 'include'}", "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    stable = [
+        f"-isystem{torch / 'include'}",
+        "-DTORCH_STABLE_ONLY",
+        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+    ]
     objects = [obj("_cpu", level, *LEVELS[level]) for level in LEVELS]
     # _host calls into these two
-    objects += [obj("_cpu", "baseline", f"csrc/cpu/{n}.cpp", ["-fvisibility=default"]) for n in ("levels", "scratch")]
+    objects += [
+        obj("_cpu", "baseline", f"csrc/cpu/{n}.cpp", ["-fvisibility=default"])
+        for n in ("levels", "scratch")
+    ]
     objects.append(obj("_cpu", "baseline", "csrc/bind_ops.cpp", stable))
     cpu = link("_cpu", objects, [f"-Wl,-soname,_cpu{SUFFIX}", f"-L{torch / 'lib'}", "-ltorch_cpu"])
-    python = [f"-isystem{pybind11 / 'include'}", f"-isystem{sysconfig.get_path('include')}", f"-I{out}"]
+    python = [
+        f"-isystem{pybind11 / 'include'}",
+        f"-isystem{sysconfig.get_path('include')}",
+        f"-I{out}",
+    ]
     host = obj("_host", "baseline", "csrc/bind_python.cpp", python)
     link("_host", [host], [cpu, "-Wl,-rpath,'$$ORIGIN'"], implicit=cpu)
     return "\n".join(lines) + "\n"
@@ -107,10 +132,12 @@ class Build(build_ext):
 
     def build_extensions(self):
         start = time.monotonic()
-        # Beside the sources and the same for wheels and editable installs, so that each reuses the other's objects.
+        # The same for wheels and editable installs, so that each reuses the other's objects.
         out = Path("build", f"ninja{SUFFIX.removesuffix('.so')}{'-debug' if DEBUG else ''}")
         Path(ROOT, out).mkdir(parents=True, exist_ok=True)
-        compiler = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True).stdout
+        compiler = subprocess.run(
+            [CXX, "--version"], capture_output=True, text=True, check=True
+        ).stdout
         stamp = {
             "torch": version("torch"),
             "target_torch": TARGET_TORCH,
@@ -146,4 +173,15 @@ class Build(build_ext):
         self.copy_file(str(Path(self.build_lib, stamp)), str(ROOT / stamp))
 
 
-setup(ext_modules=[Extension(f"lam_kernels.{n}", []) for n in ("_cpu", "_host")], cmdclass={"build_ext": Build})
+class Wheel(bdist_wheel):
+    """From an empty folder: what an earlier build left there would be packed too."""
+
+    def run(self):
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+
+setup(
+    ext_modules=[Extension(f"lam_kernels.{name}", []) for name in ("_cpu", "_host")],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)

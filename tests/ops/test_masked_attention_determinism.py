@@ -1,0 +1,70 @@
+"""The same bits again: 50 repeats, for each thread count, from several Python threads at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from problems import check, evaluate
+
+from python_ref.inputs import Problem
+
+REPEATS = 50
+
+CASES = {
+    "mask shared by all": Problem(B=3, H=4, Lq=130, D=32, multiplier="11qk", bias="1h1k"),
+    "mask a sample": Problem(B=2, H=3, Lq=197, D=64, multiplier="b1qk", lse_grad=True),
+    "vectors": Problem(B=3, H=2, Lq=100, multiplier="1h1k", bias="b1q1"),
+    "one number": Problem(B=2, H=2, Lq=100, multiplier="1111", bias="1111"),
+    "one sample, long": Problem(B=1, H=2, Lq=300, D=64, multiplier="11qk"),
+    "dropout": Problem(B=2, H=2, Lq=100, bias="11qk", dropout_p=0.3),
+    "local": Problem(B=1, H=4, Lq=300, bias="1h1k", pattern="Toeplitz(20)"),
+    "shared heads": Problem(B=2, H=6, Hkv=2, Lq=100, bias="11qk", pattern="Causal()"),
+}
+
+
+def assert_same_bits(one, two):
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_repeats(case, backend, dtype):
+    problem = CASES[case].but(dtype=dtype)
+    operands = problem.operands()
+    first = evaluate(problem, backend, operands)
+    for _ in range(REPEATS - 1 if backend != "reference" else 2):
+        assert_same_bits(first, evaluate(problem, backend, operands))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_thread_counts(case, threads, backend):
+    """Right and repeatable for each number of threads, also above the cores and the work."""
+    for dtype in ("float32", "bfloat16"):
+        problem = CASES[case].but(dtype=dtype)
+        torch.set_num_threads(threads)
+        check(problem, backend)
+        first = evaluate(problem, backend)
+        for _ in range(5):
+            assert_same_bits(first, evaluate(problem, backend))
+
+
+def test_python_threads(backend):
+    """Calls from several Python threads at once neither disturb each other nor the caller's cached
+    scratch."""
+    problems = [p.but(dtype=d) for p in CASES.values() for d in ("float32", "bfloat16")]
+    # a torch thread count of one is the same in every Python thread
+    torch.set_num_threads(1)
+    alone = [evaluate(p, backend) for p in problems]
+
+    def work(shift):
+        torch.set_num_threads(1)
+        order = [(n + shift) % len(problems) for n in range(len(problems))]
+        return {n: evaluate(problems[n], backend) for n in order if problems[n].dropout_p == 0}
+
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(0, 8, 2)):
+            for n, result in results.items():
+                assert_same_bits(alone[n], result)
