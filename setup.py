@@ -77,6 +77,15 @@ def why_no_cuda():
     return "LAM_CUDA=0" if os.environ.get("LAM_CUDA") == "0" else reason
 
 
+def ninja_program():
+    """The one of this Python's environment, which need not be on the path."""
+    beside = Path(sysconfig.get_path("scripts"), "ninja")
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if found is None:
+        raise SystemExit("ninja must be installed first: pip install ninja")
+    return found
+
+
 def write_if_changed(path, text):
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -156,7 +165,7 @@ class Build(build_ext):
             header = f"#define LAM_BUILD_STAMP {json.dumps(text)}\n"  # a JSON string is a C string
             write_if_changed(ROOT / out / "build_stamp.h", header)
             write_if_changed(ROOT / out / "build.ninja", ninja_file(out))
-            ninja = ["ninja", "-f", f"{out}/build.ninja", "-j", jobs]
+            ninja = [ninja_program(), "-f", f"{out}/build.ninja", "-j", jobs]
             env = {"NINJA_STATUS": "[%f/%t, %es] ", **os.environ}
             if subprocess.run(ninja, cwd=ROOT, env=env).returncode:
                 raise SystemExit("lam_kernels: the compiler's message is above")

@@ -92,7 +92,7 @@ Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef siz
   int32_t dtype_code = 0;
   if (dtype) dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(),
                                                           static_cast<int64_t>(sizes.size()),
                                                           dtype ? &dtype_code : nullptr, nullptr, nullptr, 0, nullptr,
                                                           &handle));

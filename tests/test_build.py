@@ -108,7 +108,7 @@ def test_wheel_imports_and_computes_in_an_empty_folder(installed, tmp_path):
 
 def test_wheel_names_what_it_was_built_with(installed):
     stamp = json.loads((installed / "lam_kernels" / "_build.json").read_text())
-    assert stamp["torch"] == torch.__version__
+    assert stamp["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert stamp["target_torch"] == "2.11"
     assert stamp["levels"][0] == "portable"
     assert set(stamp["flags"]) == set(stamp["levels"])

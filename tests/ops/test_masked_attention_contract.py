@@ -953,10 +953,11 @@ def test_no_backend_for_another_device():
 
 
 def test_importing_costs_torch_only():
+    """Its FLOP counter included, which imports triton where that is installed (0.15 s)."""
     code = (
-        "import sys, torch; had = set(sys.modules); import lam_kernels; "
+        "import sys, torch, torch.utils.flop_counter; had = set(sys.modules); import lam_kernels; "
         "new = {n.split('.')[0] for n in set(sys.modules) - had}; "
         "print(sorted(new - set(sys.stdlib_module_names)), 'torch._dynamo' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['lam_kernels', 'torch'] False"
+    assert done.stdout.strip() in ("['lam_kernels', 'torch'] False", "['lam_kernels'] False")
