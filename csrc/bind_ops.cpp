@@ -63,8 +63,12 @@ void* input_data(const Tensor& t) { return const_cast<void*>(t.const_data_ptr())
 
 int64_t stride_or_broadcast(const Tensor& t, int64_t axis) { return t.size(axis) == 1 ? 0 : t.stride(axis); }
 
-Tensor with_unit_last_stride(const Tensor& t) {
-  return t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+// The one copy there is. An axis that repeats one row stays one row: row_view gives it a stride of 0 again.
+Tensor with_unit_last_stride(Tensor t) {
+  if (t.size(3) == 1 || t.stride(3) == 1) return t;
+  for (int64_t axis = 0; axis < 3; ++axis)
+    if (t.stride(axis) == 0 && t.size(axis) > 1) t = torch::stable::narrow(t, axis, 0, 1);
+  return torch::stable::contiguous(t);
 }
 
 // A call of torch::stable::contiguous costs microseconds even where there is nothing to do.

@@ -266,7 +266,7 @@ class Forward {
       store_row<T>(at_mutable(p_.lse, head_offset(p_.lse, b, h) + i * p_.lse.stride[2]), p_.lse.dtype, 1,
                    &kHiddenRow, T(1), 1);
       if (seen) {
-        const T lse = (state[r].max + static_cast<T>(::log2(static_cast<double>(state[r].sum)))) * kLn2<T>;
+        const T lse = state[r].max + static_cast<T>(::log(static_cast<double>(state[r].sum)));
         store_row<T>(at_mutable(p_.lse, head_offset(p_.lse, b, h) + i * p_.lse.stride[2]), p_.lse.dtype, 1, &lse, T(1), 1);
       }
       if (!seen) memset(row, 0, static_cast<size_t>(width_) * sizeof(T));

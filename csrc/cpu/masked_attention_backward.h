@@ -282,13 +282,13 @@ class Backward {
     return buffer;
   }
 
-  // shift: lse in log2 units; delta: rowsum(grad_out * out) - grad_lse
+  // shift: lse; delta: rowsum(grad_out * out) - grad_lse
   void prepare_rows(const Region& region, int64_t b, int64_t h) {
     const int64_t *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
     for (int64_t r = 0; r < region.rows; ++r) {
       const int64_t i = region.i(r);
       const T lse = load_scalar<T>(at(p_.lse, head_offset(p_.lse, b, h) + i * ls[2]), p_.lse.dtype);
-      shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse * kLog2e<T>;
+      shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
       const T *out = row_of(p_.out, b, h, i, out_row_), *grad_out = row_of(p_.grad_out, b, h, i, grad_out_row_);
       typename V::reg sum = V::zero();
       for (int64_t d = 0; d < s_.width; d += V::W)

@@ -1,5 +1,6 @@
 // The work between the matrix products: fuse with the masks, hide, softmax, and its gradient, row by row of a tile.
-// Scores are in log2 units, so that the exponential is 2^x; formulas stand in python_ref/masked_attention.py.
+// Scores stay in natural units until their row's maximum or lse is subtracted, which is exact where it matters: only
+// then are they scaled to the exponent of 2. Formulas: python_ref/masked_attention.py.
 #pragma once
 #include <cstdint>
 
@@ -10,8 +11,6 @@ enum class BiasKind { none, add, gate };
 
 template <class T>
 constexpr T kLog2e = static_cast<T>(1.442695040888963407359924681001892137L);
-template <class T>
-constexpr T kLn2 = static_cast<T>(0.693147180559945309417232121458176568L);
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
@@ -73,13 +72,13 @@ __attribute__((always_inline)) inline void for_words(const Tile<T>& t, int64_t r
   }
 }
 
-// Running maximum (log2 units) and sum of a row.
+// Running maximum and sum of a row.
 template <class T>
 struct RowState {
   T max, sum;
 };
 
-// scores -> 2^(score - max); `state` and the rows of `out` are brought to the new maximum.
+// scores -> e^(score - max); `state` and the rows of `out` are brought to the new maximum.
 template <class V, bool kMultiplier, BiasKind kBias>
 void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, bool first, typename V::T* out,
                   int64_t out_ld, int64_t out_words) {
@@ -87,7 +86,7 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
   using reg = typename V::reg;
   // a bias of -inf must hide a multiplier of NaN, a gate of 0 a score beyond the maximum
   constexpr bool kAlwaysMasked = kBias == BiasKind::gate || (kBias == BiasKind::add && kMultiplier);
-  const reg scale = V::set1(t.scale * kLog2e<T>), log2e = V::set1(kLog2e<T>), hidden = V::set1(-kInfinity<T>);
+  const reg scale = V::set1(t.scale), log2e = V::set1(kLog2e<T>), hidden = V::set1(-kInfinity<T>);
   for (int64_t r = 0; r < t.rows; ++r) {
     T* s = t.scores + r * t.ld;
     const T* mul = kMultiplier ? t.multiplier.row(r) : nullptr;
@@ -98,7 +97,7 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
       if constexpr (kMultiplier) x = V::mul(x, masked ? V::load(mul + c, visible) : V::load(mul + c));
       if constexpr (kBias != BiasKind::none) {
         const reg b = masked ? V::load(bias + c, visible) : V::load(bias + c);
-        if constexpr (kBias == BiasKind::add) x = V::fma(b, log2e, x);
+        if constexpr (kBias == BiasKind::add) x = V::add(x, b);
         if constexpr (kAlwaysMasked) visible = V::both(visible, V::not_equal(b, kBias == BiasKind::add ? -kInfinity<T> : T(0)));
       }
       if (masked) x = V::select(visible, x, hidden);
@@ -113,7 +112,7 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
     const reg shift = V::set1(pivot);
     reg sum0 = V::zero(), sum1 = V::zero();
     const auto weigh = [&](int64_t c) {
-      reg e = V::exp2(V::sub(V::load(s + c), shift));
+      reg e = V::exp2(V::mul(V::sub(V::load(s + c), shift), log2e));
       if constexpr (kBias == BiasKind::gate) {
         auto visible = lanes_inside<V>(t.cols - c);
         if (t.visible != nullptr)
@@ -135,7 +134,7 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
       continue;
     }
     alignas(64) T decay[V::W];
-    V::store(decay, V::exp2(V::set1(old_max - pivot)));
+    V::store(decay, V::exp2(V::mul(V::set1(old_max - pivot), log2e)));
     state[r] = {new_max, state[r].sum * decay[0] + sum};
     if (decay[0] != T(1)) {
       const reg d = V::set1(decay[0]);
@@ -145,7 +144,7 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
   }
 }
 
-// scores -> P, grad -> dS. `shift` is lse in log2 units (+inf for a row that sees no key), `delta` is
+// scores -> P, grad -> dS. `shift` is lse (+inf for a row that sees no key), `delta` is
 // rowsum(grad_out * out) - grad_lse.
 template <class V, bool kMultiplier, BiasKind kBias, bool kGradMultiplier, bool kGradBias>
 void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* shift, const typename V::T* delta) {
@@ -159,7 +158,7 @@ void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* sh
     const T* bias = kBias != BiasKind::none ? t.bias.row(r) : nullptr;
     T* dmul = kGradMultiplier ? t.grad_multiplier.row(r) : nullptr;
     T* dbias = kGradBias ? t.grad_bias.row(r) : nullptr;
-    const reg minus_shift = V::set1(-shift[r]), row_delta = V::set1(delta[r]);
+    const reg row_shift = V::set1(shift[r]), row_delta = V::set1(delta[r]);
     for_words<V, kAlwaysMasked>(t, r, [&](int64_t c, auto inside, auto visible, auto masked) {
       const reg y = V::mul(V::load(s + c), scale);
       reg m, b;
@@ -168,14 +167,13 @@ void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* sh
         m = masked ? V::load(mul + c, visible) : V::load(mul + c);
         x = V::mul(y, m);
       }
-      x = V::fma(x, log2e, minus_shift);
       auto weighted = visible;  // pairs that have a weight: a gate of 0 has none, but it has a gradient
       if constexpr (kBias != BiasKind::none) {
         b = masked ? V::load(bias + c, visible) : V::load(bias + c);
-        if constexpr (kBias == BiasKind::add) x = V::fma(b, log2e, x);
+        if constexpr (kBias == BiasKind::add) x = V::add(x, b);
         if constexpr (kAlwaysMasked) weighted = V::both(weighted, V::not_equal(b, kBias == BiasKind::add ? -kInfinity<T> : T(0)));
       }
-      reg p = V::exp2(x);
+      reg p = V::exp2(V::mul(V::sub(x, row_shift), log2e));
       if (masked) p = V::keep(kBias == BiasKind::gate ? visible : weighted, p);
       reg dz = V::mul(p, V::sub(V::load(g + c), row_delta));
       if constexpr (kGradBias) {

@@ -137,8 +137,9 @@ class LAMSelfAttention(nn.Module):
             visible = torch.stack(torch.broadcast_tensors(*shown), dim=1)  # [1|B, 1|H, L, L]
         if key_mask is not None:
             visible = visible & key_mask[:, None, None, :]
-        weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
-        return torch.where(visible, weights, 0.0)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        seen = (scores != -torch.inf).any(-1, keepdim=True)  # the mask too may hide a pair
+        return torch.softmax(torch.where(seen, scores, 0.0), dim=-1) * seen
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:

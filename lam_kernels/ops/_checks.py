@@ -5,6 +5,8 @@ Shapes, dtypes and devices only: nothing here reads data or waits for a device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,11 @@ def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa:
         raise ValueError(
             f"query, key and value must be on one device, got {device}, {key.device}, "
             f"{value.device}"
+        )
+    if not (query.layout == key.layout == value.layout == torch.strided):
+        raise ValueError(
+            f"query, key and value must be dense (torch.strided), got {query.layout}, "
+            f"{key.layout}, {value.layout}"
         )
     B, H, _, D = query.shape
     key_B, Hkv, Lk, key_D = key.shape
@@ -65,6 +72,8 @@ def check_tensor(name: str, value) -> None:
 def check_pair_shape(name: str, operand: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """The operand with 4 axes, each full or 1; [Lq, Lk] is taken as [1, 1, Lq, Lk]."""
     axes = operand.dim()
+    if operand.layout != torch.strided:
+        raise ValueError(f"{name} must be dense (torch.strided), got {operand.layout}")
     if axes == 2:
         operand = operand[None, None]
     elif axes != 4:
@@ -152,9 +161,13 @@ def check_scale(scale: float) -> float:
         )
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if not abs(scale) < float("inf"):
-        raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    try:
+        value = float(scale)
+    except OverflowError:
+        value = math.inf
+    if not abs(value) < math.inf:
+        raise ValueError(f"scale must be finite, got {value}")
+    return value
 
 
 def check_dropout_p(dropout_p: float) -> None:

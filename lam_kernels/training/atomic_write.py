@@ -7,6 +7,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lam_kernels.user_error import UserError
+
+
+def check_writable(path: Path) -> None:
+    """UserError if atomic_write could not put a file there: asked before the work, not after."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder where a file must go: choose another --out")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"{folder} is no folder that can be written to: choose another --out")
+
 
 def atomic_write(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
     """Writes `content` (or lets it write to the path it is given) beside `path`, then renames it

@@ -210,3 +210,13 @@ def test_state_dict_is_stable():
 
 def test_repr_says_what_matters():
     assert "num_heads=2, fusion='mul', backend='reference'" in repr(attention("reference"))
+
+
+@pytest.mark.parametrize(("fusion", "hidden"), [("add", -torch.inf), ("gate", 0.0)])
+def test_attention_weights_of_a_row_that_its_mask_hides_are_zero(fusion, hidden):
+    module = LAMSelfAttention(16, 2, fusion=fusion)
+    mask = torch.ones(2, 1, 5, 5)
+    mask[:, :, 2] = hidden
+    weights = module.attention_weights(torch.randn(2, 5, 16), mask=mask)
+    assert torch.equal(weights[:, :, 2], torch.zeros(2, 2, 5))
+    torch.testing.assert_close(weights[:, :, 3].sum(-1), torch.ones(2, 2))

@@ -205,3 +205,15 @@ def test_written_out_backward_of_the_reference(case, dtype):
         else:
             assert gradient.numel() == 0
     assert_accurate(result, p)
+
+
+def test_large_scores_lose_no_weight(backend):
+    """One key: its weight is 1 however large the score, in the backward pass too."""
+    query = torch.ones(1, 1, 1, 16)
+    for size in (1e3, 1e4, 1e5):
+        value = torch.ones(1, 1, 1, 16, requires_grad=True)
+        out = lam_kernels.masked_attention(
+            query, query, value, scale=size / 16 * 1.2345, backend=backend
+        )
+        out.sum().backward()
+        assert torch.equal(value.grad, torch.ones_like(value))

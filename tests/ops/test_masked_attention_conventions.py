@@ -506,6 +506,7 @@ BAD = {
     "value": {"value": torch.ones(2, 2, 6, 8)},
     "multiplier": {"multiplier": torch.ones(2, 1, 5, 7, dtype=torch.int32)},
     "bias": {"bias": [[0.0]]},
+    "multiplier ": {"multiplier": torch.ones(5, 7).to_sparse()},
     "attn_mask": {"attn_mask": torch.ones(2, 1, 5, 7)},
     "key_mask": {"key_mask": torch.ones(2, 5, dtype=torch.bool)},
     "key_mask ": {"key_mask": torch.ones(2, 7)},

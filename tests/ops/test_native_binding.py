@@ -177,3 +177,15 @@ def test_a_memory_that_was_freed_is_refused():
     query.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="query"):
         forward(query=query)
+
+
+def test_a_repeated_row_is_not_copied_for_each_repetition():
+    """A non-unit last stride is copied; the axes that are expanded stay expanded."""
+    wide = torch.randn(1, 1, 6, 16)[..., ::2]
+    spread = {"key": wide.expand(2, 2, 6, 8), "value": wide.expand(2, 2, 6, 8)}
+    whole = {name: tensor.clone() for name, tensor in spread.items()}
+    query = torch.randn(2, 4, 5, 8)
+    for mine, expected in zip(
+        forward(query=query, **spread), forward(query=query, **whole), strict=True
+    ):
+        assert torch.equal(mine, expected)

@@ -189,6 +189,7 @@ def test_a_process_of_its_own_really_runs(lam, tmp_path):
         (("--backend", "tpu"), "--backend must be one of"),
         (("--backend", "cuda"), "backend cuda cannot run"),
         (("--threads", 0), "--threads"),
+        (("--threads", 10**20), "--threads"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(
@@ -203,6 +204,11 @@ def test_a_diverging_run_is_one_sentence(train, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(task.F, "cross_entropy", lambda x, y: x.sum() * float("inf"))
     refused(train("--out", tmp_path), "smaller --lr")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_checkpoint_is_found_before_training(train, refused, tmp_path):
+    (tmp_path / "lam-fused" / task.CHECKPOINT).mkdir(parents=True)
+    refused(train("--epochs", 1, "--out", tmp_path), "choose another --out")
 
 
 def test_an_output_folder_that_is_a_file(train, tmp_path):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from lam_kernels.data import LabelledImages, load_digits, load_image_folder
 from lam_kernels.models.image_classifier import ImageClassifier, ImageClassifierConfig
 from lam_kernels.optional_package import optional_package
 from lam_kernels.training import pictures
-from lam_kernels.training.atomic_write import atomic_write
+from lam_kernels.training.atomic_write import atomic_write, check_writable
 from lam_kernels.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -247,6 +248,7 @@ def _train_one(
         history = read_history(checkpoint)
         first_epoch = checkpoint.epoch
     path = folder / CHECKPOINT
+    check_writable(path)
     saved, saved_epoch = (checkpoint.path if checkpoint else None), first_epoch
 
     def loss_of(indices):
@@ -469,8 +471,9 @@ def _apply_machine(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
     if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads must be at least 1, got {args.threads}")
+        most = 4 * (os.cpu_count() or 1)
+        if not 1 <= args.threads <= most:
+            raise UserError(f"--threads must be 1 to {most} on this machine, got {args.threads}")
         torch.set_num_threads(args.threads)
 
 
