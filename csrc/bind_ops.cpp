@@ -269,7 +269,10 @@ struct Call {
     p.scale = scale;
     p.dropout_p = dropout_p;
     p.gate = gate;
-    p.num_threads = torch::stable::get_num_threads();
+    // Waking a second thread costs more than this many multiplications do.
+    constexpr double kWorthAThread = 1 << 18;
+    const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.Lq) * static_cast<double>(p.Lk * p.D);
+    p.num_threads = work < kWorthAThread ? 1 : torch::stable::get_num_threads();
     p.parallel_for = parallel_for;
   }
 

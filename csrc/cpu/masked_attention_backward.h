@@ -65,6 +65,7 @@ class Backward {
     int64_t depth, width;
     bool one_region;
     bool want_scores;  // some gradient needs dS
+    bool stored;       // one region, all of it visible: the first tile of a gradient's rows stores rather than adds
     GradTarget<T> multiplier, bias;
     // Sums of the heads' gradients where the caller's tensors cannot take them; null otherwise.
     T *query_sum = nullptr, *key_sum = nullptr, *value_sum = nullptr;
@@ -79,6 +80,7 @@ class Backward {
       bool stepped = false;
       for (int64_t h = 0; h < p.n_patterns; ++h) stepped = stepped || key_step(p.patterns[h]) > 1;
       one_region = plan.groups == 1 && !stepped && size.region_rows >= p.Lq && size.region_cols >= p.Lk;
+      stored = one_region && !Visibility::needed(p);
       multiplier = target(p.grad_multiplier, stepped);
       bias = target(p.grad_bias, stepped);
       want_scores = p.grad_query.data || p.grad_key.data || p.grad_multiplier.data || p.grad_bias.data;
@@ -174,7 +176,7 @@ class Backward {
     void finish_rows(const View& g, Rows<T> x, int64_t b, int64_t h, int64_t rows, int64_t w) const {
       if (x.data == nullptr || x.data == reinterpret_cast<T*>(at_mutable(g, head_offset(g, b, h)))) return;
       for (int64_t r = 0; r < rows; ++r)
-        store_row<T>(at_mutable(g, head_offset(g, b, h) + r * g.stride[2]), g.dtype, 1, x.data + r * x.ld, T(1), w);
+        store_words<V>(at_mutable(g, head_offset(g, b, h) + r * g.stride[2]), g.dtype, x.data + r * x.ld, w);
     }
     template <class Body>
     void each_head(Pairs u, int64_t heads, const Body& body) const {
@@ -243,8 +245,8 @@ class Backward {
       if (s_.one_region) {
         dk = s_.rows_of(p_.grad_key, key_sum_, 0, b, hk, p_.Lk, p_.D);
         dv = s_.rows_of(p_.grad_value, value_sum_, 0, b, hk, p_.Lk, p_.Dv);
-        s_.clear_rows(dk, p_.Lk, s_.depth);
-        s_.clear_rows(dv, p_.Lk, s_.width);
+        if (!s_.stored) s_.clear_rows(dk, p_.Lk, s_.depth);
+        if (!s_.stored) s_.clear_rows(dv, p_.Lk, s_.width);
       } else {
         dk = s_.rows_of(p_.grad_key, s_.key_sum, pair, b, hk, p_.Lk, p_.D);
         dv = s_.rows_of(p_.grad_value, s_.value_sum, pair, b, hk, p_.Lk, p_.Dv);
@@ -256,14 +258,14 @@ class Backward {
         Rows<T> dq;
         if (s_.one_region) {
           dq = s_.rows_of(p_.grad_query, query_sum_, 0, b, h, p_.Lq, p_.D);
-          s_.clear_rows(dq, p_.Lq, s_.depth);
+          if (!s_.stored) s_.clear_rows(dq, p_.Lq, s_.depth);
         } else {
           dq = s_.rows_of(p_.grad_query, s_.query_sum, pair * heads + n, b, h, p_.Lq, p_.D);
         }
-        if (region.cols > 0) differentiate(region, b, h, hk, dq, dk, dv);
+        if (region.cols > 0) differentiate(region, b, h, hk, dq, dk, dv, s_.stored && n == 0);
         if (s_.one_region) s_.finish_rows(p_.grad_query, dq, b, h, p_.Lq, p_.D);
       }
-      if (entered_) products_.close_pair(dk, dv);
+      if (entered_) products_.close_pair(dk, dv, s_.stored);
       if (s_.one_region) {
         s_.finish_rows(p_.grad_key, dk, b, hk, p_.Lk, p_.D);
         s_.finish_rows(p_.grad_value, dv, b, hk, p_.Lk, p_.Dv);
@@ -299,7 +301,8 @@ class Backward {
     }
   }
 
-  void differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv) {
+  void differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv,
+                     bool first_head) {
     const KeyRange range = p_.n_patterns > 1
                                ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
                                : KeyRange{0, p_.Lk, 1};
@@ -344,10 +347,11 @@ class Backward {
         }
         softmax_backward(tile, shift_ + r0, delta_ + r0);
         if (p_.dropout_p > 0) masks_.drop(scores_, ld, tile.rows, tile.cols);
-        products_.accumulate(r0, tile.rows, lo, tile.cols, scores_, grad_, ld, dq, dk, dv);
+        products_.accumulate(r0, tile.rows, lo, tile.cols, scores_, grad_, ld, dq, dk, dv, s_.stored && lo == 0,
+                             first_head && r0 == 0);
       }
     }
-    products_.close_head(dq);
+    products_.close_head(dq, s_.stored);
   }
 
   template <bool kMultiplier, BiasKind kBias>

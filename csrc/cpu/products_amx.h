@@ -105,20 +105,20 @@ class AmxProducts {
     memset(dv_t_, 0, static_cast<size_t>(cols_ * width_) * sizeof(float));
   }
   void open_head() { memset(dq_, 0, static_cast<size_t>(rows_ * depth_) * sizeof(float)); }
-  void close_pair(Rows<float> dk, Rows<float> dv) {
-    if (dk.data != nullptr) add_transposed(dk_t_, p_.D, dk);
-    if (dv.data != nullptr) add_transposed(dv_t_, p_.Dv, dv);
+  void close_pair(Rows<float> dk, Rows<float> dv, bool store) {
+    if (dk.data != nullptr) add_transposed(dk_t_, p_.D, dk, store);
+    if (dv.data != nullptr) add_transposed(dv_t_, p_.Dv, dv, store);
   }
-  void close_head(Rows<float> dq) {
+  void close_head(Rows<float> dq, bool store) {
     if (dq.data == nullptr) return;
     for (int64_t r = 0; r < region_.rows; ++r) {
       float* to = dq.data + region_.i(r) * dq.ld;
-      for (int64_t d = 0; d < p_.D; ++d) to[d] += dq_[r * depth_ + d];
+      for (int64_t d = 0; d < p_.D; ++d) to[d] = (store ? 0.f : to[d]) + dq_[r * depth_ + d];
     }
   }
 
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, const float* P, const float* dS, int64_t ld,
-                  Rows<float> dq, Rows<float> dk, Rows<float> dv) {
+                  Rows<float> dq, Rows<float> dk, Rows<float> dv, bool, bool) {
     const int64_t words = ceil_div(cols, 16), padded_rows = round_up(rows, 32), padded_cols = round_up(cols, 32);
     if (dv.data != nullptr) {
       interleave(P, ld, rows, padded_rows, cols, weight_pairs_);
@@ -210,14 +210,14 @@ class AmxProducts {
       }
   }
 
-  void add_transposed(const float* sum_t, int64_t width, Rows<float> to) const {
+  void add_transposed(const float* sum_t, int64_t width, Rows<float> to, bool store) const {
     alignas(64) float block[16 * 16];
     for (int64_t c = 0; c < region_.cols; c += 16)
       for (int64_t d = 0; d < width; d += 16) {
         transpose_word_block(sum_t + d * cols_ + c, cols_, block, 16);
         for (int64_t k = 0; k < min64(16, region_.cols - c); ++k) {
           float* row = to.data + region_.j(c + k) * to.ld + d;
-          for (int64_t e = 0; e < min64(16, width - d); ++e) row[e] += block[k * 16 + e];
+          for (int64_t e = 0; e < min64(16, width - d); ++e) row[e] = (store ? 0.f : row[e]) + block[k * 16 + e];
         }
       }
   }

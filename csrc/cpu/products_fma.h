@@ -70,33 +70,37 @@ class FmaProducts {
 
   // out [rows, Dv] (+)= P v
   void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, const T* P, int64_t ldp, T* out, int64_t ld) {
-    const T* v = value_.data + lo * value_.ld;
-    if (first) gemm<V, false, false>(rows, width_ / V::W, cols, P, ldp, v, value_.ld, out, ld);
-    else gemm<V, false, true>(rows, width_ / V::W, cols, P, ldp, v, value_.ld, out, ld);
+    product<false>(first, rows, width_, cols, P, ldp, value_.data + lo * value_.ld, value_.ld, out, ld);
   }
 
   // Backward: the gradients of a head are added to where they belong at once, so there is nothing to open or close.
   void open_pair() {}
-  void close_pair(Rows<T>, Rows<T>) {}
+  void close_pair(Rows<T>, Rows<T>, bool) {}
   void open_head() {}
-  void close_head(Rows<T>) {}
+  void close_head(Rows<T>, bool) {}
 
-  // dv += P^T grad_out, dk += dS^T q, dq += dS k, each where wanted
+  // dv += P^T grad_out, dk += dS^T q, dq += dS k, each where wanted; = instead of += where it is the first to come
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, const T* P, const T* dS, int64_t ld, Rows<T> dq,
-                  Rows<T> dk, Rows<T> dv) {
+                  Rows<T> dk, Rows<T> dv, bool first_of_rows, bool first_of_cols) {
     const int64_t j = region_.j(lo), i = region_.i(r0), step = region_.step;
+    const T *q = query_.data + r0 * query_.ld, *go = grad_out_.data + r0 * grad_out_.ld;
     if (dv.data != nullptr)
-      gemm<V, true, true>(cols, width_ / V::W, rows, P, ld, grad_out_.data + r0 * grad_out_.ld, grad_out_.ld,
-                          dv.data + j * dv.ld, dv.ld * step);
+      product<true>(first_of_cols, cols, width_, rows, P, ld, go, grad_out_.ld, dv.data + j * dv.ld, dv.ld * step);
     if (dk.data != nullptr)
-      gemm<V, true, true>(cols, depth_ / V::W, rows, dS, ld, query_.data + r0 * query_.ld, query_.ld,
-                          dk.data + j * dk.ld, dk.ld * step);
+      product<true>(first_of_cols, cols, depth_, rows, dS, ld, q, query_.ld, dk.data + j * dk.ld, dk.ld * step);
     if (dq.data != nullptr)
-      gemm<V, false, true>(rows, depth_ / V::W, cols, dS, ld, key_.data + lo * key_.ld, key_.ld, dq.data + i * dq.ld,
-                           dq.ld * step);
+      product<false>(first_of_rows, rows, depth_, cols, dS, ld, key_.data + lo * key_.ld, key_.ld, dq.data + i * dq.ld,
+                     dq.ld * step);
   }
 
  private:
+  template <bool TransA>
+  static void product(bool store, int64_t rows, int64_t width, int64_t depth, const T* A, int64_t lda, const T* B,
+                      int64_t ldb, T* C, int64_t ldc) {
+    if (store) gemm<V, TransA, false>(rows, width / V::W, depth, A, lda, B, ldb, C, ldc);
+    else gemm<V, TransA, true>(rows, width / V::W, depth, A, lda, B, ldb, C, ldc);
+  }
+
   Rows<T> stage(const View& v, int64_t first, int64_t count, int64_t b, int64_t h, int64_t width, T* buffer) const {
     return stage_rows<V>(at(v, head_offset(v, b, h) + first * v.stride[2]), v.dtype, v.stride[2] * region_.step, count,
                          width, buffer);

@@ -56,11 +56,16 @@ inline T load_scalar(const char* p, DType d) {
   }
 }
 
-// dst[0, n) = src[0], src[stride], ...
+// dst[0, n) = src[0], src[stride], ...; dst may be zeroed up to the next whole word.
 template <class V>
 void load_row(typename V::T* __restrict dst, const char* __restrict src, DType d, int64_t stride, int64_t n) {
   using T = typename V::T;
-  if (stride == 0) {
+  if (stride == 1 && size_of(d) == sizeof(T)) {
+    const T* s = reinterpret_cast<const T*>(src);
+    int64_t k = 0;
+    for (; k + V::W <= n; k += V::W) V::store(dst + k, V::load(s + k));
+    if (k < n) V::store(dst + k, V::load(s + k, V::from_bits((uint32_t{1} << (n - k)) - 1)));
+  } else if (stride == 0) {
     const T x = n > 0 ? load_scalar<T>(src, d) : T(0);
     for (int64_t k = 0; k < n; ++k) dst[k] = x;
   } else if (stride != 1) {
@@ -101,6 +106,17 @@ void store_row(char* __restrict dst, DType d, int64_t stride, const T* __restric
   }
 }
 
+// dst[0, n) = src[0, n)
+template <class V>
+void store_words(char* dst, DType d, const typename V::T* src, int64_t n) {
+  using T = typename V::T;
+  if (size_of(d) != sizeof(T)) return store_row<T>(dst, d, 1, src, T(1), n);
+  T* p = reinterpret_cast<T*>(dst);
+  int64_t k = 0;
+  for (; k + V::W <= n; k += V::W) V::store(p + k, V::load(src + k));
+  if (k < n) V::store(p + k, V::load(src + k), V::from_bits((uint32_t{1} << (n - k)) - 1));
+}
+
 // A matrix in the kernel's number type: either the caller's memory or a staged copy, rows of whole SIMD words.
 template <class T>
 struct Rows {
@@ -122,8 +138,8 @@ Rows<typename V::T> stage_rows(const char* src, DType d, int64_t row_stride, int
   if (in_place<V>(d, width)) return {reinterpret_cast<T*>(const_cast<char*>(src)), row_stride};
   const int64_t ld = round_up(width, V::W);
   for (int64_t r = 0; r < count; ++r) {
-    load_row<V>(buffer + r * ld, src + r * row_stride * size_of(d), d, 1, width);
     for (int64_t k = width; k < ld; ++k) buffer[r * ld + k] = T(0);
+    load_row<V>(buffer + r * ld, src + r * row_stride * size_of(d), d, 1, width);
   }
   return {buffer, ld};
 }
