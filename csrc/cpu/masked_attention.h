@@ -33,14 +33,30 @@ inline bool narrow_patterns(const MaskedAttentionParams& p) {
   return true;
 }
 
-// The region and tile sizes for these lengths: whole tiles, evenly divided.
+// The block of a block-diagonal pattern of all heads, 0 where there is none.
+inline int64_t common_block(const MaskedAttentionParams& p) {
+  if (p.n_patterns != 1) return 0;
+  const PatternSpec& spec = p.patterns[0];
+  for (int t = 0; t < spec.n_terms; ++t)
+    if (spec.terms[t].kind == PatternKind::block_diagonal) return spec.terms[t].a;
+  return 0;
+}
+
+// The region and tile sizes of a call: whole tiles, evenly divided.
 template <class Products>
-Blocking fit(Blocking s, int64_t rows, int64_t cols) {
+Blocking choose_blocking(const MaskedAttentionParams& p, bool backward, int64_t rows, int64_t cols) {
+  Blocking s = Products::blocking(narrow_patterns(p), backward);
   constexpr int64_t R = Products::kRowMultiple, C = Products::kColMultiple;
   s.region_rows = min64(s.region_rows, round_up(max64(rows, 1), R));
   s.region_cols = min64(s.region_cols, round_up(max64(cols, 1), C));
   s.tile_rows = round_up(ceil_div(s.region_rows, ceil_div(s.region_rows, s.tile_rows)), R);
   s.tile_cols = round_up(ceil_div(s.region_cols, ceil_div(s.region_cols, s.tile_cols)), C);
+  // a tile that is a block sees all of its keys and no others
+  const int64_t block = common_block(p);
+  if (block >= 16 && block <= 96 && block < s.region_rows && (Products::kAnyRows || block % R == 0)) {
+    s.tile_rows = block;
+    s.region_rows = s.region_rows / block * block;
+  }
   return s;
 }
 
@@ -139,12 +155,13 @@ class Forward {
     const bool shared = mask_is_shared(p);
     const int64_t unit_heads = shared ? p.H : p.H / p.Hkv;
     const int64_t units = p.B * p.H / unit_heads;
-    Blocking s = Products::blocking(narrow_patterns(p), false);
+    Blocking s = choose_blocking<Products>(p, false, p.Lq, p.Lk);
     int64_t parts = ceil_div(p.Lq, s.region_rows);
     if (units * parts < 2 * p.num_threads)
       parts = max64(parts, min64(ceil_div(2 * p.num_threads, units), ceil_div(p.Lq, s.tile_rows)));
     while (units * parts < 8 * p.num_threads && units * parts % p.num_threads != 0 && parts < p.Lq) ++parts;
-    s = fit<Products>(s, ceil_div(p.Lq, parts), p.Lk);
+    const int64_t align = s.tile_rows == common_block(p) ? s.tile_rows : 1;  // parts hold whole blocks
+    s = choose_blocking<Products>(p, false, ceil_div(p.Lq, parts) + align - 1, p.Lk);
     const bool one_region = s.region_cols >= p.Lk;
     Arena sizes;
     { Forward count(p, s, unit_heads, one_region, sizes); }
@@ -154,7 +171,7 @@ class Forward {
       Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
       Forward forward(p, s, unit_heads, one_region, arena);
       forward.first_head_ = task / parts * unit_heads;
-      walk_regions(p, s.region_rows, s.region_cols, Products::kColMultiple, {task % parts, parts}, {},
+      walk_regions(p, s.region_rows, s.region_cols, Products::kColMultiple, {task % parts, parts, align}, {},
                    [&](const Region& region, const Pass& pass, bool first, bool last) {
                      forward.visit(region, pass, first, last);
                    });

@@ -73,8 +73,7 @@ class Backward {
     explicit Shared(const MaskedAttentionParams& params) : p(params) {
       const bool patterned = p.n_patterns > 0;
       plan = plan_backward(p, patterned);
-      size = fit<Products>(Products::blocking(narrow_patterns(p), true), ceil_div(p.Lq, plan.groups),
-                           ceil_div(p.Lk, plan.groups));
+      size = choose_blocking<Products>(p, true, ceil_div(p.Lq, plan.groups), ceil_div(p.Lk, plan.groups));
       depth = round_up(p.D, V::W);
       width = round_up(p.Dv, V::W);
       bool stepped = false;

@@ -19,6 +19,7 @@ class AmxProducts {
   using Word = VecAvx512;
   using T = float;
   static constexpr int64_t kRowMultiple = 32, kColMultiple = 32;
+  static constexpr bool kAnyRows = false;
 
   static Blocking blocking(bool narrow, bool backward) {
     if (narrow) return {384, 1024, 64, 256};

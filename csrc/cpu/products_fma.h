@@ -25,10 +25,11 @@ class FmaProducts {
   using Word = V;
   using T = typename V::T;
   static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = kPanel<V>;
+  static constexpr bool kAnyRows = true;  // tiles need not have a multiple of rows, it is only faster
 
   static Blocking blocking(bool narrow, bool backward) {
     // narrow patterns see few keys a row: short tiles waste fewer of them on hidden pairs
-    if (narrow) return {384, 1024, 5 * V::kRows, 256};
+    if (narrow) return {192, 512, 4 * V::kRows, 256};
     return {320, 512, 12 * V::kRows, backward ? 128 : 320};
   }
 

@@ -36,11 +36,11 @@ inline Pass pass_of(const MaskedAttentionParams& p, int64_t h) {
   return {1, 0};
 }
 
-// Part `index` of `count` equal parts of [0, n).
+// Part `index` of `count` equal parts of [0, n), cut at multiples of `align`.
 struct Part {
-  int64_t index = 0, count = 1;
-  int64_t begin(int64_t n) const { return n * index / count; }
-  int64_t end(int64_t n) const { return n * (index + 1) / count; }
+  int64_t index = 0, count = 1, align = 1;
+  int64_t begin(int64_t n) const { return n * index / count / align * align; }
+  int64_t end(int64_t n) const { return index + 1 == count ? n : n * (index + 1) / count / align * align; }
 };
 
 // Calls visit(region, pass, first, last) for every region of the unit's rows and columns that some head may see; first
