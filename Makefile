@@ -67,7 +67,7 @@ fmt: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: build
-	$(call timed,bench,$(BIN)/python -m bench run --set foundation && $(BIN)/python -m bench table --into README.md)
+	$(call timed,bench,$(BIN)/python -m bench run --set foundation && $(BIN)/python -m bench table --brief --into README.md)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache

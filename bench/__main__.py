@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--run", dest="run_id", help="id (default: the file's last run of a whole set)"
     )
     table.add_argument("--output", type=Path, help="write there instead of printing")
+    table.add_argument("--brief", action="store_true", help="one line a comparison with a target")
     table.add_argument(
         "--into", type=Path, help="replace what stands between bench:begin and bench:end of a file"
     )
@@ -285,7 +286,8 @@ def _table(args: argparse.Namespace) -> int:
     from . import table
 
     path = args.results or record.newest()
-    text = table.render(record.read(path), args.run_id)
+    render = table.render_brief if args.brief else table.render
+    text = render(record.read(path), args.run_id)
     if args.into:
         args.into.write_text(table.insert(args.into.read_text(), text))
     elif args.output:

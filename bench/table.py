@@ -45,6 +45,53 @@ def render(rows: list[dict], run_id: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def render_brief(rows: list[dict], run_id: str | None = None) -> str:
+    """One line a held comparison: the ratio under both allocator settings beside its target."""
+    rows = choose_run(rows, run_id)
+    parts = [_origin(rows)]
+    for section, title in SECTIONS.items():
+        held = [
+            row for row in rows
+            if row.get("section") == section and row["measure"] == "time" and "target" in row
+        ]  # fmt: skip
+        if not held:
+            continue
+        ours = {
+            (row["case"], row["dtype"], row["direction"], row["allocator"]): row
+            for row in rows
+            if row["contender"] == "ours" and row["measure"] == "time"
+        }
+        cells: dict[tuple, dict[str, dict]] = {}
+        for row in held:
+            key = (row["case"], row["dtype"], row["direction"], row["contender"])
+            cells.setdefault(key, {})[row["allocator"]] = row
+        lines = [
+            "| case | dtype | contender | ours, ms | ours / this, default | kept | target |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for (case, dtype, direction, contender), by_allocator in cells.items():
+            first = next(iter(by_allocator.values()))
+            mine = ours.get((case, dtype, direction, first["allocator"]))
+            ratios = [
+                ("" if row["target_met"] else "**no** ") + _ratio(row)
+                if (row := by_allocator.get(name)) is not None
+                else ""
+                for name in ("default", "kept")
+            ]
+            label = f"{case}, {_DIRECTIONS[direction]}"
+            time = f"{mine['median_ms']:.4g}" if mine else ""
+            lines.append(
+                f"| {label} | {dtype} | {contender} | {time} | {ratios[0]} | {ratios[1]} "
+                f"| {first['target']:.4g} |"
+            )
+        parts += [f"**{title}**", "\n".join(lines)]
+    others = [
+        row for row in rows if row["measure"] in ("memory", "overhead") and "target" in row
+    ]  # fmt: skip
+    lines = [f"- {' '.join(filter(None, _cells(row, row['measure'])))}" for row in others]
+    return "\n\n".join([*parts, "\n".join(lines), _summary(rows)]) + "\n"
+
+
 def _origin(rows: list[dict]) -> str:
     first = rows[0]
     peaks = [

@@ -222,3 +222,24 @@ def test_table_goes_between_the_markers_and_nowhere_else():
     assert table.insert(once, "| new |") == once
     with pytest.raises(ValueError, match="bench:begin"):
         table.insert("no markers", "| new |")
+
+
+def test_brief_table_has_one_line_a_held_comparison():
+    origin = {
+        "date": "d", "machine": "m", "cpus": 2, "level": "l", "kernel_level": "k", "torch": "t", "python": "p",
+        "lam_kernels": "v", "commit": "c", "run": "r", "threads": 2, "set": "foundation", "section": "dense",
+        "case": "dense-L50", "label": "shape", "measure": "time", "dtype": "fp32", "direction": "both",
+        "disturbed": False, "samples": 3, "dropped": 0, "median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.1,
+    }  # fmt: skip
+    rows = []
+    for allocator, ratio in (("default", 0.5), ("kept", 0.9)):
+        rows.append(origin | {"allocator": allocator, "contender": "ours"})
+        rows.append(
+            origin
+            | {"allocator": allocator, "contender": "compile", "ours_over_this": ratio}
+            | {"target": 0.7, "target_met": ratio <= 0.7}
+        )
+    text = table.render_brief(rows)
+    line = "| dense-L50, forward + backward | fp32 | compile | 2 | 0.50 | **no** 0.90 | 0.7 |"
+    assert text.count("dense-L50, forward") == 1
+    assert line in text
