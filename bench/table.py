@@ -85,10 +85,18 @@ def render_brief(rows: list[dict], run_id: str | None = None) -> str:
                 f"| {first['target']:.4g} |"
             )
         parts += [f"**{title}**", "\n".join(lines)]
-    others = [
-        row for row in rows if row["measure"] in ("memory", "overhead") and "target" in row
-    ]  # fmt: skip
-    lines = [f"- {' '.join(filter(None, _cells(row, row['measure'])))}" for row in others]
+    lines = [
+        f"- {row['case']} {row['dtype']} {row['direction']}, {row['allocator']}: "
+        + (
+            f"{row['peak_mib']:.0f} MiB at the peak"
+            if row["measure"] == "memory"
+            else f"{row['ours_minus_this_us']:.1f} us more than {row['contender']}"
+        )
+        + f", target {row['target']:g}"
+        + ("" if row["target_met"] else ", **no**")
+        for row in rows
+        if row["measure"] in ("memory", "overhead") and "target" in row and "error" not in row
+    ]
     return "\n\n".join([*parts, "\n".join(lines), _summary(rows)]) + "\n"
 
 
