@@ -226,7 +226,8 @@ def test_table_goes_between_the_markers_and_nowhere_else():
 
 def test_brief_table_has_one_line_a_held_comparison():
     origin = dict.fromkeys(
-        ["date", "machine", "level", "kernel_level", "torch", "python", "lam_kernels", "commit"], "x"
+        ("date", "machine", "level", "kernel_level", "torch", "python", "lam_kernels", "commit"),
+        "x",
     ) | {
         "run": "r", "cpus": 2, "threads": 2, "set": "foundation", "section": "dense",
         "case": "dense-L50", "label": "shape", "measure": "time", "dtype": "fp32",
