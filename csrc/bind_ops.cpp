@@ -79,7 +79,7 @@ int64_t bytes_of(ScalarType dtype) {
 }
 
 // A new contiguous tensor, contents undefined. A large one lives in memory that is kept from call to call: page faults
-// of fresh memory cost a fifth of a call (fp32, 197 tokens).
+// of fresh memory would be a good part of it.
 Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                 std::optional<ScalarType> dtype = std::nullopt) {
   constexpr int64_t kKeptFromBytes = int64_t{1} << 20;

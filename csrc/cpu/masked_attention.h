@@ -98,16 +98,14 @@ struct RegionMasks {
   uint64_t* keep;
   Region region{};
 
-  static bool staged(const View& v) { return v.data != nullptr; }
-
   RegionMasks(const MaskedAttentionParams& params, const Blocking& s, Arena& arena)
       : p(params),
         has_visibility(Visibility::needed(params)),
         tile_cols(s.tile_cols),
         visibility(params, arena.take<uint64_t>(has_visibility ? s.region_rows * Visibility::words_per_row(s.region_cols) : 0),
                    arena.take<uint64_t>(Visibility::words_per_row(s.region_cols))),
-        multiplier(params.multiplier, arena.take<T>(staged(params.multiplier) ? s.region_rows * s.region_cols : 0), s.region_cols),
-        bias(params.bias, arena.take<T>(staged(params.bias) ? s.region_rows * s.region_cols : 0), s.region_cols),
+        multiplier(params.multiplier, arena.take<T>(params.multiplier.data != nullptr ? s.region_rows * s.region_cols : 0), s.region_cols),
+        bias(params.bias, arena.take<T>(params.bias.data != nullptr ? s.region_rows * s.region_cols : 0), s.region_cols),
         keep(arena.take<uint64_t>(params.dropout_p > 0 ? s.tile_rows * Visibility::words_per_row(s.tile_cols) : 0)) {}
 
   void enter(const Region& r) {

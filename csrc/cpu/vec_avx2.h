@@ -45,7 +45,7 @@ struct VecAvx2 {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
-  // 2^x, relative error 6.2e-8. Below 2^-126 the result is 0: a denormal would cost a microcode assist.
+  // 2^x, to about one rounding. Below 2^-126 the result is 0: a denormal would cost a microcode assist.
   static reg exp2(reg x) {
     const __m256 alive = _mm256_cmp_ps(x, _mm256_set1_ps(-126.f), _CMP_NLE_UQ);  // true for NaN, which must survive
     const __m256 clamped = _mm256_blendv_ps(x, _mm256_set1_ps(128.f), _mm256_cmp_ps(x, _mm256_set1_ps(128.f), _CMP_GT_OQ));

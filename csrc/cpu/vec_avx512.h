@@ -32,7 +32,7 @@ struct VecAvx512 {
   static reg max(reg x, reg y) { return _mm512_max_ps(x, y); }
   static float reduce_max(reg x) { return _mm512_reduce_max_ps(x); }
   static float reduce_add(reg x) { return _mm512_reduce_add_ps(x); }
-  // 2^x, relative error 6.2e-8. Below 2^-126 the result is 0: a denormal would cost a microcode assist.
+  // 2^x, to about one rounding. Below 2^-126 the result is 0: a denormal would cost a microcode assist.
   static reg exp2(reg x) {
     const mask alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.f), _CMP_NLE_UQ);  // true for NaN, which must survive
     const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

@@ -953,7 +953,7 @@ def test_no_backend_for_another_device():
 
 
 def test_importing_costs_torch_only():
-    """Its FLOP counter included, which imports triton where that is installed (0.15 s)."""
+    """Its FLOP counter included, which imports triton where that is installed."""
     code = (
         "import sys, torch, torch.utils.flop_counter; had = set(sys.modules); import lam_kernels; "
         "new = {n.split('.')[0] for n in set(sys.modules) - had}; "
