@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -41,8 +42,8 @@ def backends() -> dict[str, str]:
     return {name: unavailable(name) for name in BACKENDS}
 
 
-def reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
-    """Why backend `name` cannot serve tensors of this device type and dtype; [] when it can."""
+def _device_reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
+    """Why backend `name` serves no op on tensors of this device type and dtype; [] if it can."""
     found = []
     missing = unavailable(name)
     if missing:
@@ -57,29 +58,111 @@ def reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
     return found
 
 
-def choose(name: str | None, device: str, dtype: torch.dtype) -> str:
-    """The named backend, or the first of the device's table that serves the call."""
-    if name is None:
-        for candidate in DEVICE_BACKENDS.get(device, ()):
-            if not reasons(candidate, device, dtype):
+class Kernels(NamedTuple):
+    """One op's kernels on one backend: the op's arguments without `backend`, the op's results."""
+
+    forward: Callable
+    backward: Callable
+
+
+class Service(NamedTuple):
+    """One op on one backend.
+
+    load: gives the kernels, called once, at the first use.
+    limits: the op's forward arguments without `backend` -> why these kernels do not take them,
+        beyond device and dtype; [] when they do. Reads shapes, dtypes and settings, never data.
+    """
+
+    load: Callable[[], Kernels]
+    limits: Callable[..., list[str]] | None = None
+
+
+class Services:
+    """The backends of one op: which of them serves a call, why not the others, their kernels."""
+
+    def __init__(self, op: str, table: dict[str, Service]):
+        self.op = op
+        self.table = table
+        self._kernels: dict[str, Kernels] = {}
+        # (named backend, device type, dtype) -> backend, where nothing else about a call matters
+        self._settled: dict[tuple, str] = {}
+
+    def kernels(self, backend: str) -> Kernels:
+        found = self._kernels.get(backend)
+        if found is None:
+            if backend not in self.table:
+                raise ValueError(f"backend must be one of {', '.join(self.table)}, got {backend!r}")
+            why_not = unavailable(backend)
+            if why_not:
+                raise RuntimeError(f'backend="{backend}" cannot serve this call: {why_not}')
+            found = self._kernels[backend] = self.table[backend].load()
+        return found
+
+    def reasons(self, name: str, arguments: Sequence) -> list[str]:
+        """Why backend `name` does not serve the op with these arguments; [] when it does.
+
+        arguments: the op's forward arguments without `backend`, query first.
+        """
+        found = _device_reasons(name, arguments[0].device.type, arguments[0].dtype)
+        service = self.table.get(name)
+        if service is None and not unavailable(name):
+            found.append(f"has no kernels of {self.op}")
+        elif service is not None and service.limits is not None:
+            found += service.limits(*arguments)
+        return found
+
+    def choose(self, name: str | None, arguments: Sequence) -> str:
+        """The named backend, or the first of the device's table that serves the call."""
+        query = arguments[0]
+        device, dtype = query.device.type, query.dtype
+        # a compiler would guard on the dictionary, and compile again when it grows
+        compiling = torch.compiler.is_compiling()
+        settled = None if compiling else self._settled.get((name, device, dtype))
+        if settled is not None:
+            return settled
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+        candidates = DEVICE_BACKENDS.get(device, ()) if name is None else (name,)
+        for at, candidate in enumerate(candidates):
+            if not self.reasons(candidate, arguments):
+                # an earlier candidate with limits may serve the next call
+                tried = [self.table[one] for one in candidates[: at + 1] if one in self.table]
+                if not compiling and not any(service.limits for service in tried):
+                    self._settled[name, device, dtype] = candidate
                 return candidate
+        if name is not None:
+            why_not = ", ".join(self.reasons(name, arguments))
+            raise RuntimeError(f'backend="{name}" cannot serve this call: {why_not}')
         table = "; ".join(
-            f'"{b}": {", ".join(r)}' for b, r in _all_reasons(device, dtype).items() if r
+            f'"{one}": {", ".join(why)}'
+            for one in BACKENDS
+            if (why := self.reasons(one, arguments))
         )
         raise RuntimeError(
             f"no backend serves this call on device {device} with {dtype}: {table}. "
             'backend="reference" is plain PyTorch and runs only when named'
         )
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-    why_not = reasons(name, device, dtype)
-    if why_not:
-        raise RuntimeError(f'backend="{name}" cannot serve this call: {", ".join(why_not)}')
-    return name
 
-
-def _all_reasons(device: str, dtype: torch.dtype) -> dict[str, list[str]]:
-    return {name: reasons(name, device, dtype) for name in BACKENDS}
+    def explanation(
+        self, name: str | None, arguments: Sequence, notes: tuple[str, ...]
+    ) -> Explanation:
+        if name is not None and name not in BACKENDS:
+            self.choose(name, arguments)  # raises
+        device = arguments[0].device.type
+        found = {one: self.reasons(one, arguments) for one in BACKENDS}
+        candidates = DEVICE_BACKENDS.get(device, ()) if name is None else (name,)
+        serving = next((one for one in candidates if not found[one]), "")
+        for one in BACKENDS:
+            if one == serving or found[one]:
+                continue
+            if name is not None:
+                found[one] = [f'backend="{name}" is named']
+            elif one == "reference":
+                found[one] = ["runs only when named"]
+            else:
+                found[one] = [f"{serving} comes first for {device} tensors"]
+        why_not = {one: tuple(why) for one, why in found.items()}
+        return Explanation(self.op, serving, why_not, notes)
 
 
 @dataclass(frozen=True)
@@ -114,23 +197,3 @@ def explain(op: str, /, *args, **kwargs) -> Explanation:
     if op not in EXPLAINERS:
         raise ValueError(f"op must be one of {', '.join(sorted(EXPLAINERS))}, got {op!r}")
     return EXPLAINERS[op](*args, **kwargs)
-
-
-def explanation(
-    op: str, backend: str | None, device: str, dtype: torch.dtype, notes: tuple[str, ...]
-) -> Explanation:
-    found = _all_reasons(device, dtype)
-    if backend is not None and backend not in BACKENDS:
-        choose(backend, device, dtype)  # raises
-    candidates = DEVICE_BACKENDS.get(device, ()) if backend is None else (backend,)
-    serving = next((name for name in candidates if not found[name]), "")
-    for name in BACKENDS:
-        if name == serving or found[name]:
-            continue
-        if backend is not None:
-            found[name] = [f'backend="{backend}" is named']
-        elif name == "reference":
-            found[name] = ["runs only when named"]
-        else:
-            found[name] = [f"{serving} comes first for {device} tensors"]
-    return Explanation(op, serving, {name: tuple(why) for name, why in found.items()}, notes)

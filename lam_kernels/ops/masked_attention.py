@@ -6,8 +6,7 @@ Formulas and their derivation: python_ref/masked_attention.py. Kernels: the KERN
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..patterns import Pattern, encode, specs, visible_pairs
 from . import _backends, _checks
-from ._backends import Explanation
+from ._backends import Explanation, Kernels, Service, Services
 
 _FUSIONS = ("mul", "add", "gate")
 
@@ -139,7 +138,11 @@ def _attend(
         query, key, value, multiplier, bias, pattern, attn_mask, key_mask, scale, dropout_p,
         enable_gqa, multiplier_name, bias_name,
     )  # fmt: skip
-    backend = _backends.choose(backend, query.device.type, query.dtype)
+    arguments = (
+        query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, None, flat, scale,
+        dropout_p, gate,
+    )  # fmt: skip
+    backend = KERNELS.choose(backend, arguments)
     rng_state = None
     if dropout_p > 0:
         # a tensor, never read here: a draw that is traced, not baked in, and no wait for a device
@@ -197,24 +200,32 @@ def _checked(
     return query, key, value, multiplier, bias, attn_mask, flat, segment_ids, scale
 
 
-def _explain_masked_attention(
-    query, key, value, *, multiplier=None, bias=None, pattern=None, attn_mask=None, key_mask=None,
-    scale=None, dropout_p=0.0, enable_gqa=False, return_lse=False, backend=None,
+def _explain(
+    gate, query, key, value, *, multiplier=None, bias=None, pattern=None, attn_mask=None,
+    key_mask=None, scale=None, dropout_p=0.0, enable_gqa=False, return_lse=False, backend=None,
 ) -> Explanation:  # fmt: skip
-    query, *_ = _checked(
+    query, key, value, multiplier, bias, attn_mask, flat, segment_ids, scale = _checked(
         query, key, value, multiplier, bias, pattern, attn_mask, key_mask, scale, dropout_p,
         enable_gqa, "multiplier", "bias",
     )  # fmt: skip
     notes = ()
     if all(given is None for given in (multiplier, bias, pattern, attn_mask, key_mask)):
         notes = ("no mask at all: plain attention, served by the same kernels",)
-    return _backends.explanation("masked_attention", backend, query.device.type, query.dtype, notes)
+    arguments = (
+        query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, None, flat, scale,
+        dropout_p, gate,
+    )  # fmt: skip
+    return KERNELS.explanation(backend, arguments, notes)
+
+
+def _explain_masked_attention(query, key, value, **keywords) -> Explanation:
+    return _explain(False, query, key, value, **keywords)
 
 
 def _explain_lam_attention(query, key, value, mask, *, fusion="mul", **keywords) -> Explanation:
     multiplier, bias = _operands(mask, fusion)
-    found = _explain_masked_attention(
-        query, key, value, multiplier=multiplier, bias=bias, **keywords
+    found = _explain(
+        fusion == "gate", query, key, value, multiplier=multiplier, bias=bias, **keywords
     )
     return dataclasses.replace(found, op="lam_attention")
 
@@ -243,17 +254,7 @@ _forward_op = torch.ops.lam_kernels.masked_attention_fwd.default
 _backward_op = torch.ops.lam_kernels.masked_attention_bwd.default
 
 
-class Kernels(NamedTuple):
-    """One backend's kernels: the op's arguments without `backend`, the op's results."""
-
-    forward: Callable
-    backward: Callable
-
-
 def _cpu_kernels() -> Kernels:
-    why_not = _backends.unavailable("cpu")
-    if why_not:
-        raise RuntimeError(f'backend="cpu" cannot serve this call: {why_not}')
     private = torch.ops.lam_kernels
     return Kernels(
         private.masked_attention_cpu_fwd.default, private.masked_attention_cpu_bwd.default
@@ -266,25 +267,18 @@ def _reference_kernels() -> Kernels:
     return Kernels(masked_attention_fwd, masked_attention_bwd)
 
 
-KERNELS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu_kernels, "reference": _reference_kernels}
-_bound: dict[str, Kernels] = {}  # what KERNELS gave, from the first call on
-
-
-def _kernels(backend: str) -> Kernels:
-    kernels = _bound.get(backend)
-    if kernels is None:
-        if backend not in KERNELS:
-            raise ValueError(f"backend must be one of {', '.join(KERNELS)}, got {backend!r}")
-        kernels = _bound[backend] = KERNELS[backend]()
-    return kernels
+KERNELS = Services(
+    "masked_attention",
+    {"cpu": Service(_cpu_kernels), "reference": Service(_reference_kernels)},
+)
 
 
 def _run_forward(*arguments):
-    return _kernels(arguments[-1]).forward(*arguments[:-1])
+    return KERNELS.kernels(arguments[-1]).forward(*arguments[:-1])
 
 
 def _run_backward(*arguments):
-    return _kernels(arguments[-1]).backward(*arguments[:-1])
+    return KERNELS.kernels(arguments[-1]).backward(*arguments[:-1])
 
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
@@ -347,7 +341,7 @@ class _Forward(torch.autograd.Function):
         attn_mask, key_mask, rng_state, *segment_ids = unlearned
         flat, scale, dropout_p, gate, backend = settings
         if _unobserved(query, key, value, multiplier, bias, *unlearned):
-            return _kernels(backend).forward(
+            return KERNELS.kernels(backend).forward(
                 query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
                 flat, scale, dropout_p, gate,
             )  # fmt: skip
@@ -399,7 +393,7 @@ class _Backward(torch.autograd.Function):
         attn_mask, key_mask, rng_state, *segment_ids = unlearned
         flat, scale, dropout_p, gate, backend = settings
         if _unobserved(grad_out, grad_lse, query, key, value, multiplier, bias, *unlearned):
-            return _kernels(backend).backward(
+            return KERNELS.kernels(backend).backward(
                 grad_out, grad_lse, query, key, value, multiplier, bias, attn_mask, key_mask,
                 segment_ids, rng_state, out, lse, flat, scale, dropout_p, gate, needs,
             )  # fmt: skip

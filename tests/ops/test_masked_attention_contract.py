@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -505,7 +506,7 @@ def test_forward_mode_is_refused():
 @pytest.fixture
 def calls(monkeypatch):
     """The arguments of each kernel call."""
-    kernels, seen = page._kernels("cpu"), {"forward": [], "backward": []}
+    kernels, seen = page.KERNELS.kernels("cpu"), {"forward": [], "backward": []}
 
     def forward(*arguments):
         seen["forward"].append(arguments)
@@ -515,7 +516,7 @@ def calls(monkeypatch):
         seen["backward"].append(arguments)
         return kernels.backward(*arguments)
 
-    monkeypatch.setitem(page._bound, "cpu", page.Kernels(forward, backward))
+    monkeypatch.setitem(page.KERNELS._kernels, "cpu", page.Kernels(forward, backward))
     return seen
 
 
@@ -936,6 +937,8 @@ def test_backends_and_explain():
 
 def test_without_the_library_the_call_says_so(monkeypatch):
     monkeypatch.setattr(_backends, "_cpu_unavailable", lambda: "not built: run make build")
+    page = importlib.import_module("lam_kernels.ops.masked_attention")
+    monkeypatch.setattr(page.KERNELS, "_settled", {})
     assert lam_kernels.backends()["cpu"] == "not built: run make build"
     query, key, value, _, _ = operands()
     with pytest.raises(RuntimeError, match=r'"cpu": not built: run make build.*"triton": not part'):
