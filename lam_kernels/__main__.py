@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import pkgutil
@@ -34,16 +35,22 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = argv[2:]
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # a full disk or a closed pipe is found here, where it can be told
+        return code
     except UserError as error:
         return _refuse(str(error))
     except KeyboardInterrupt:  # before or after the loop, which has its own answer
         print("\nlam_kernels: interrupted", file=sys.stderr)
         return EXIT_CODE
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            return _refuse(f"{error.filename}: {error.strerror}")
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise
-        return _refuse(f"{error.filename}: {error.strerror}")
+        # what is still buffered cannot be written either, and Python would try so at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _refuse(f"standard output: {error.strerror}")
 
 
 def info(args: argparse.Namespace) -> int:

@@ -91,7 +91,7 @@ class LAMSelfAttention(nn.Module):
         key_mask: Tensor | None = None,  # bool [B, L]
     ) -> Tensor:  # [B, L, embed_dim]
         query, key, value = self._project(x)
-        mask = self._mask(x, mask, mask_input)
+        mask = self._mask(x, mask, mask_input, key_mask)
         out = self.attend(query, key, value, mask, key_mask)
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -127,16 +127,7 @@ class LAMSelfAttention(nn.Module):
                 scores = scores * mask
             else:
                 scores = scores + (mask.log() if self.fusion == "gate" else mask)
-        visible = torch.ones(length, length, dtype=torch.bool, device=x.device)
-        if self.pattern is not None:
-            patterns = self.pattern if isinstance(self.pattern, list | tuple) else [self.pattern]
-            shown = [
-                p.dense(length, length).to(x.device) if p is not None else visible for p in patterns
-            ]
-            shown = [s.reshape(-1, length, length) for s in shown]
-            visible = torch.stack(torch.broadcast_tensors(*shown), dim=1)  # [1|B, 1|H, L, L]
-        if key_mask is not None:
-            visible = visible & key_mask[:, None, None, :]
+        visible = self._visible(length, key_mask, x.device)
         scores = scores.masked_fill(~visible, -torch.inf)
         seen = (scores != -torch.inf).any(-1, keepdim=True)  # the mask too may hide a pair
         return torch.softmax(torch.where(seen, scores, 0.0), dim=-1) * seen
@@ -147,18 +138,40 @@ class LAMSelfAttention(nn.Module):
         # [B, L, 3, H, D] -> three strided views [B, H, L, D], no copy
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
 
-    def _mask(self, x: Tensor, mask: Tensor | None, mask_input: Tensor | None) -> Tensor | None:
+    def _visible(self, length: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
+        """What pattern and key_mask keep: bool [L, L] or [1|B, 1|H, L, L]."""
+        visible = torch.ones(length, length, dtype=torch.bool, device=device)
+        if self.pattern is not None:
+            patterns = self.pattern if isinstance(self.pattern, list | tuple) else [self.pattern]
+            shown = [
+                p.dense(length, length).to(device) if p is not None else visible for p in patterns
+            ]
+            shown = [s.reshape(-1, length, length) for s in shown]
+            visible = torch.stack(torch.broadcast_tensors(*shown), dim=1)
+        return visible if key_mask is None else visible & key_mask[:, None, None, :]
+
+    def _mask(self, x, mask, mask_input, key_mask) -> Tensor | None:
         if mask is not None:
             if self.lam is not None:
                 raise ValueError("mask was given, but this module has its own generator `lam`")
             # a generator guarantees M >= 0; a mask from outside is read once, where reading is free
             readable = self.fusion == "gate" and mask.device.type == "cpu" and _plain(mask)
-            if readable and bool((mask.detach() < 0).any()):
+            if readable and self._negative_where_visible(mask.detach(), x.shape[1], key_mask):
                 raise ValueError("fusion='gate' needs a mask M >= 0, but mask has negative values")
             return mask
         if self.lam is None:
             return None
         return self.lam(x if mask_input is None else mask_input)
+
+    def _negative_where_visible(self, mask: Tensor, length: int, key_mask: Tensor | None) -> bool:
+        negative = mask < 0
+        if not bool(negative.any()):
+            return False
+        visible = self._visible(length, key_mask, mask.device)
+        try:
+            return bool((negative & visible).any())
+        except RuntimeError:  # shapes that do not fit: the op says so in better words
+            return False
 
     def extra_repr(self) -> str:
         text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, fusion={self.fusion!r}"

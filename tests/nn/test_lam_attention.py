@@ -77,6 +77,18 @@ def test_gate_refuses_a_negative_mask(backend):
         module(x, mask=torch.tensor([[1.0, -0.5, 2.0]] * 3))
 
 
+def test_gate_takes_anything_at_hidden_pairs(backend):
+    module = LAMSelfAttention(16, 2, fusion="gate", backend=backend, pattern=lam_kernels.Causal())
+    x, mask = torch.randn(1, 5, 16), torch.rand(5, 5)
+    expected = module(x, mask=mask)
+    mask[torch.ones(5, 5).triu(1) == 1] = -1.0
+    assert torch.equal(module(x, mask=mask), expected)
+    with pytest.raises(ValueError, match="M >= 0"):
+        module(x, mask=-mask)
+    with pytest.raises(ValueError, match="axes"):
+        module(x, mask=-torch.rand(3, 5, 5))
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_gradients_reach_every_parameter(backend, heads):
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """info, help, and the pieces that every training command shares."""
 
+import os
 import subprocess
 import sys
 
@@ -35,6 +36,17 @@ def test_wrong_commands_end_with_2(line, capsys):
         command.main(line.split())
     assert stop.value.code == 2
     assert capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_a_full_disk_behind_standard_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lam_kernels", "info"],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "lam_kernels: standard output: No space left on device\n"
 
 
 def test_nothing_optional_is_imported_for_help():
