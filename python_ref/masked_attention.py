@@ -36,7 +36,6 @@ Sources: LAM (arXiv 2406.02761) eq. 6 and ablation C.1; delta and the recomputed
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -48,6 +47,7 @@ from lam_kernels.patterns import Pattern, encode
 
 from .patterns import visible as pattern_visible
 from .philox import kept_pairs
+from .softmax import dtype_of_sums, no_autocast, sum_to
 
 _NEG_INF = float("-inf")
 
@@ -97,7 +97,7 @@ def masked_attention(
         )
     flat, segment_ids = encode(pattern, query.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    with _no_autocast(query):
+    with no_autocast(query):
         out, lse = _forward(
             query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
             flat, scale, dropout_p, gate, upcast,
@@ -110,7 +110,7 @@ def masked_attention_fwd(
     pattern, scale, dropout_p, gate,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op's forward with the op's own arguments (an encoded pattern, 4-D masks)."""
-    with _no_autocast(query):
+    with no_autocast(query):
         return _forward(
             query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
             pattern, scale, dropout_p, gate, True,
@@ -122,7 +122,7 @@ def masked_attention_bwd(
     rng_state, out, lse, pattern, scale, dropout_p, gate, needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The backward formulas, written out; a gradient that `needs` does not ask for is empty."""
-    with _no_autocast(query):
+    with no_autocast(query):
         s = _scores(
             query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids,
             pattern, scale, gate, True,
@@ -165,7 +165,7 @@ def masked_attention_bwd(
                 grad = torch.where(counted, unweighted * (grad_probability - shift), 0.0)
             else:
                 grad = grad_fused
-            grads[-1] = _sum_to(grad, operand)
+            grads[-1] = sum_to(grad, operand)
         return tuple(grads)
 
 
@@ -174,8 +174,7 @@ def _scores(
     pattern, scale, gate, upcast,
 ) -> _Scores:  # fmt: skip
     """S, F and what may be seen, with hidden mask values replaced before they can reach a sum."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    total = torch.float32 if half and upcast else query.dtype
+    total = dtype_of_sums(query.dtype, upcast)
     H, Lq, Lk = query.shape[1], query.shape[2], key.shape[2]
 
     query = query.to(total)
@@ -265,19 +264,3 @@ def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
         return tensor
     group = heads // Hkv
     return tensor[:, :, None].expand(B, Hkv, group, L, D).reshape(B, heads, L, D)
-
-
-def _sum_to(grad: Tensor, operand: Tensor) -> Tensor:
-    """Sum over the operand's broadcast axes; for key and value over the heads that share one."""
-    if operand.shape[1] not in (1, grad.shape[1]):
-        B, H, L, D = grad.shape
-        grad = grad.reshape(B, operand.shape[1], H // operand.shape[1], L, D).sum(2)
-    return grad.sum_to_size(operand.shape).to(operand.dtype).contiguous()
-
-
-def _no_autocast(tensor: Tensor):
-    """Autocast would round the products here; what to cast was decided at the front door."""
-    device = tensor.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask about
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
