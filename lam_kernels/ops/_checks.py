@@ -14,6 +14,22 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 
 
+def cast_under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as autocast wants them; float64 and what is no float stay as they are."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+    device = query.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask about
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor
+        if tensor.dtype == torch.float64 or not tensor.is_floating_point()
+        else tensor.to(dtype)
+        for tensor in (query, key, value)
+    )
+
+
 def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -62,6 +78,14 @@ def check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa:
             )
         if Hkv == 0 or H % Hkv != 0:
             raise ValueError(f"key and value heads ({Hkv}) must divide query heads ({H})")
+
+
+def check_equal_heads(query: Tensor, key: Tensor) -> None:
+    """For ops without shared key/value heads. Says nothing about tensors that are not 4-D."""
+    if query.dim() == 4 and key.dim() == 4 and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"key and value must have query's {query.shape[1]} heads, got {key.shape[1]}"
+        )
 
 
 def check_tensor(name: str, value) -> None:

@@ -12,9 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..patterns import Pattern, encode, specs, visible_pairs
+from ..patterns import Pattern, encode
 from . import _backends, _checks
-from ._backends import Explanation, Kernels, Service, Services
+from ._autograd import refuse_double_backward
+from ._backends import Explanation, Services
+from ._flops import pair_count
+from ._registration import (
+    LIBRARY,
+    cpu_service,
+    gradients_like,
+    reference_service,
+    register,
+    traced_or_transformed,
+    unobserved,
+)
+from ._vmap import fold, mapped_batch, one_by_one
 
 _FUSIONS = ("mul", "add", "gate")
 
@@ -156,7 +168,7 @@ def _attend(
             attn_mask=attn_mask, key_mask=key_mask, scale=scale, dropout_p=dropout_p,
             rng_state=rng_state, enable_gqa=enable_gqa, gate=gate, return_lse=return_lse,
         )  # fmt: skip
-    out, lse = (_Forward.apply if _traced_or_transformed() else _eager_forward)(
+    out, lse = (_Forward.apply if traced_or_transformed() else _eager_forward)(
         query, key, value, multiplier, bias, (attn_mask, key_mask, rng_state, *segment_ids),
         (flat, scale, dropout_p, gate, backend),
     )  # fmt: skip
@@ -168,18 +180,7 @@ def _checked(
     enable_gqa, multiplier_name, bias_name,
 ):  # fmt: skip
     """The arguments as the op takes them, or an error. Reads shapes and dtypes only."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask about
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = (
-            tensor
-            if tensor.dtype == torch.float64 or not tensor.is_floating_point()
-            else tensor.to(dtype)
-            for tensor in (query, key, value)
-        )
+    query, key, value = _checks.cast_under_autocast(query, key, value)
     _checks.check_query_key_value(query, key, value, enable_gqa)
     B, H, Lq, D = query.shape
     Lk = key.shape[2]
@@ -242,86 +243,32 @@ _OPERANDS = (
 )
 _SETTINGS = "int[] pattern, float scale, float dropout_p, bool gate"
 
-_library = torch.library.Library("lam_kernels", "FRAGMENT")
-_library.define(
-    f"masked_attention_fwd({_OPERANDS}, {_SETTINGS}, str backend) -> (Tensor out, Tensor lse)"
-)
-_library.define(
-    f"masked_attention_bwd(Tensor grad_out, Tensor? grad_lse, {_OPERANDS}, Tensor out, Tensor lse, "
-    f"{_SETTINGS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_forward_op = torch.ops.lam_kernels.masked_attention_fwd.default
-_backward_op = torch.ops.lam_kernels.masked_attention_bwd.default
-
-
-def _cpu_kernels() -> Kernels:
-    private = torch.ops.lam_kernels
-    return Kernels(
-        private.masked_attention_cpu_fwd.default, private.masked_attention_cpu_bwd.default
-    )
-
-
-def _reference_kernels() -> Kernels:
-    from python_ref.masked_attention import masked_attention_bwd, masked_attention_fwd
-
-    return Kernels(masked_attention_fwd, masked_attention_bwd)
-
 
 KERNELS = Services(
     "masked_attention",
-    {"cpu": Service(_cpu_kernels), "reference": Service(_reference_kernels)},
+    {"cpu": cpu_service("masked_attention"), "reference": reference_service("masked_attention")},
 )
 
 
-def _run_forward(*arguments):
-    return KERNELS.kernels(arguments[-1]).forward(*arguments[:-1])
-
-
-def _run_backward(*arguments):
-    return KERNELS.kernels(arguments[-1]).backward(*arguments[:-1])
-
-
-_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
-
-
-def _traced_or_transformed() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _unobserved(*operands: Tensor | None) -> bool:
-    """Nobody but the kernel would see the op: no compiler, torch.func, mode or tensor subclass.
-
-    The kernel is then called without a round trip through the dispatcher, which is a good part
-    of a small call.
-    """
-    return not (
-        _traced_or_transformed()
-        or torch._C._len_torch_dispatch_stack()
-        or not _PLAIN_TYPES.issuperset(map(type, operands))
-    )
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("masked_attention_fwd", _run_forward, _key)
-    _library.impl("masked_attention_bwd", _run_backward, _key)
-
-
-@torch.library.register_fake("lam_kernels::masked_attention_fwd", lib=_library)
 def _fake_forward(query, key, value, *_):
     B, H, Lq, _D = query.shape
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(B, H, Lq, value.shape[3]), query.new_empty(B, H, Lq, dtype=lse_dtype)
 
 
-@torch.library.register_fake("lam_kernels::masked_attention_bwd", lib=_library)
 def _fake_backward(grad_out, grad_lse, query, key, value, multiplier, bias, *rest):
-    needs = rest[-2]
-    return tuple(
-        query.new_empty(
-            operand.shape if wanted else 0, dtype=(query if operand is None else operand).dtype
-        )
-        for operand, wanted in zip((query, key, value, multiplier, bias), needs, strict=True)
-    )
+    return gradients_like(query, (query, key, value, multiplier, bias), rest[-2])
+
+
+_op = register(
+    KERNELS,
+    f"({_OPERANDS}, {_SETTINGS}, str backend) -> (Tensor out, Tensor lse)",
+    f"(Tensor grad_out, Tensor? grad_lse, {_OPERANDS}, Tensor out, Tensor lse, {_SETTINGS}, "
+    "bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_forward,
+    _fake_backward,
+)
+_forward_op, _backward_op = _op.forward, _op.backward
 
 
 # ---- autograd
@@ -340,7 +287,7 @@ class _Forward(torch.autograd.Function):
     def forward(query, key, value, multiplier, bias, unlearned, settings):
         attn_mask, key_mask, rng_state, *segment_ids = unlearned
         flat, scale, dropout_p, gate, backend = settings
-        if _unobserved(query, key, value, multiplier, bias, *unlearned):
+        if unobserved(query, key, value, multiplier, bias, *unlearned):
             return KERNELS.kernels(backend).forward(
                 query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
                 flat, scale, dropout_p, gate,
@@ -392,7 +339,7 @@ class _Backward(torch.autograd.Function):
     ):  # fmt: skip
         attn_mask, key_mask, rng_state, *segment_ids = unlearned
         flat, scale, dropout_p, gate, backend = settings
-        if _unobserved(grad_out, grad_lse, query, key, value, multiplier, bias, *unlearned):
+        if unobserved(grad_out, grad_lse, query, key, value, multiplier, bias, *unlearned):
             return KERNELS.kernels(backend).backward(
                 grad_out, grad_lse, query, key, value, multiplier, bias, attn_mask, key_mask,
                 segment_ids, rng_state, out, lse, flat, scale, dropout_p, gate, needs,
@@ -408,59 +355,24 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(
-            "masked_attention: the kernels have no double backward. "
-            'Use backend="reference", which is plain PyTorch and has it.'
-        )
+        refuse_double_backward("masked_attention")
 
 
 # ---- torch.vmap: the mapped axis joins the batch
 
 
-def _fold(
-    tensor: Tensor | None, axis: int | None, N: int, B: int, keep_shared: bool
-) -> Tensor | None:
-    """[N, B|1, ...] as [N * B, ...]; with keep_shared, what neither axis varies stays [1, ...]."""
-    if tensor is None or (axis is None and keep_shared and tensor.shape[0] == 1):
-        return tensor
-    tensor = tensor[None] if axis is None else tensor.movedim(axis, 0)
-    return tensor.expand(N, B, *tensor.shape[2:]).flatten(0, 1)
-
-
-def _each(arguments: Sequence, in_dims: Sequence, n: int) -> list:
-    """The arguments of the n-th mapped call."""
-    chosen = []
-    for argument, axis in zip(arguments, in_dims, strict=True):
-        if isinstance(axis, (list, tuple)):
-            chosen.append(_each(argument, axis, n))
-        else:
-            chosen.append(argument if axis is None else argument.select(axis, n))
-    return chosen
-
-
-def _one_by_one(op, N: int, in_dims: Sequence, arguments: Sequence):
-    """One call a mapped sample: dropout counts samples in the batch, a folded call would differ."""
-    results = [op(*_each(arguments, in_dims, n)) for n in range(N)]
-    return tuple(torch.stack(same) for same in zip(*results, strict=True)), (0,) * len(results[0])
-
-
-def _mapped_batch(query: Tensor, axis: int | None) -> int:
-    return query.shape[0] if axis is None else query.movedim(axis, 0).shape[1]
-
-
 def _vmap_forward(info, in_dims, *arguments):
     N = info.batch_size
     if arguments[8] is not None:
-        return _one_by_one(_forward_op, N, in_dims, arguments)
-    B = _mapped_batch(arguments[0], in_dims[0])
-    folded = [
-        _fold(t, axis, N, B, True) for t, axis in zip(arguments[:7], in_dims[:7], strict=True)
-    ]
+        # dropout counts samples in the batch: a folded call would draw other pairs
+        return one_by_one(_forward_op, N, in_dims, arguments)
+    B = mapped_batch(arguments[0], in_dims[0])
+    folded = [fold(t, axis, N, B, True) for t, axis in zip(arguments[:7], in_dims[:7], strict=True)]
     for at in range(3):
-        folded[at] = _fold(arguments[at], in_dims[at], N, B, False)
-    folded[6] = _fold(arguments[6], in_dims[6], N, B, False)
+        folded[at] = fold(arguments[at], in_dims[at], N, B, False)
+    folded[6] = fold(arguments[6], in_dims[6], N, B, False)
     ids = [
-        _fold(t, axis, N, B, True)
+        fold(t, axis, N, B, True)
         for t, axis in zip(arguments[7], in_dims[7] or [None] * len(arguments[7]), strict=True)
     ]
     out, lse = _forward_op(*folded, ids, None, *arguments[9:])
@@ -470,20 +382,20 @@ def _vmap_forward(info, in_dims, *arguments):
 def _vmap_backward(info, in_dims, *arguments):
     N = info.batch_size
     if arguments[10] is not None:
-        return _one_by_one(_backward_op, N, in_dims, arguments)
-    B = _mapped_batch(arguments[2], in_dims[2])
+        return one_by_one(_backward_op, N, in_dims, arguments)
+    B = mapped_batch(arguments[2], in_dims[2])
     needs = arguments[-2]
     # masks may stay shared when nobody wants a gradient a mapped call
     keep_shared = [False] * 5 + [not needs[3], not needs[4], True, False]
     folded = [
-        _fold(t, axis, N, B, shared)
+        fold(t, axis, N, B, shared)
         for t, axis, shared in zip(arguments[:9], in_dims[:9], keep_shared, strict=True)
     ]
     ids = [
-        _fold(t, axis, N, B, True)
+        fold(t, axis, N, B, True)
         for t, axis in zip(arguments[9], in_dims[9] or [None] * len(arguments[9]), strict=True)
     ]
-    out, lse = (_fold(arguments[at], in_dims[at], N, B, False) for at in (11, 12))
+    out, lse = (fold(arguments[at], in_dims[at], N, B, False) for at in (11, 12))
     grads = _backward_op(*folded, ids, None, out, lse, *arguments[13:])
     results, out_dims = [], []
     for at, wanted in enumerate(needs):
@@ -491,32 +403,25 @@ def _vmap_backward(info, in_dims, *arguments):
         if wanted:
             grad = grad.unflatten(0, (N, B))
             operand, axis = arguments[2 + at], in_dims[2 + at]
-            if B != 1 and _mapped_batch(operand, axis) == 1:
+            if B != 1 and mapped_batch(operand, axis) == 1:
                 grad = grad.sum(1, keepdim=True)
         results.append(grad)
         out_dims.append(0 if wanted else None)
     return tuple(results), tuple(out_dims)
 
 
-torch.library.register_vmap("lam_kernels::masked_attention_fwd", _vmap_forward, lib=_library)
-torch.library.register_vmap("lam_kernels::masked_attention_bwd", _vmap_backward, lib=_library)
+torch.library.register_vmap("lam_kernels::masked_attention_fwd", _vmap_forward, lib=LIBRARY)
+torch.library.register_vmap("lam_kernels::masked_attention_bwd", _vmap_backward, lib=LIBRARY)
 
 
 # ---- FLOPs of the pairs that the pattern keeps; masks and segment ids are data, all visible here
-
-
-def _pair_count(query_shape, key_shape, flat) -> int:
-    B, H, Lq, _ = query_shape
-    Lk = key_shape[2]
-    per_head = [visible_pairs(spec, Lq, Lk) for spec in specs(flat)] or [Lq * Lk]
-    return B * (sum(per_head) if len(per_head) > 1 else H * per_head[0])
 
 
 @register_flop_formula(torch.ops.lam_kernels.masked_attention_fwd)
 def _forward_flops(query_shape, key_shape, value_shape, *rest, out_shape=None) -> int:
     """Q K^T and P V."""
     D, Dv = query_shape[-1], value_shape[-1]
-    return 2 * _pair_count(query_shape, key_shape, rest[6]) * (D + Dv)
+    return 2 * pair_count(query_shape, key_shape, rest[6]) * (D + Dv)
 
 
 @register_flop_formula(torch.ops.lam_kernels.masked_attention_bwd)
@@ -530,4 +435,4 @@ def _backward_flops(
     width = D * (1 + grad_query + grad_key) + Dv * grad_value
     if grad_query or grad_key or grad_multiplier or grad_bias:
         width += Dv
-    return 2 * _pair_count(query_shape, key_shape, flat) * width
+    return 2 * pair_count(query_shape, key_shape, flat) * width

@@ -516,7 +516,7 @@ def calls(monkeypatch):
         seen["backward"].append(arguments)
         return kernels.backward(*arguments)
 
-    monkeypatch.setitem(page.KERNELS._kernels, "cpu", page.Kernels(forward, backward))
+    monkeypatch.setitem(page.KERNELS._kernels, "cpu", _backends.Kernels(forward, backward))
     return seen
 
 
