@@ -931,7 +931,7 @@ def test_backends_and_explain():
     )
     assert named.backend == ""
     assert "no backend serves this call" in str(named)
-    with pytest.raises(ValueError, match="op must be one of .*lam_attention, .*masked_attention"):
+    with pytest.raises(ValueError, match=r"op must be one of .*lam_attention, .*masked_attention"):
         lam_kernels.explain("attention")
 
 
