@@ -17,7 +17,7 @@ import setuptools
 import torch
 
 import lam_kernels
-from lam_kernels.ops import _native
+from lam_kernels.ops import _backends, _native
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIX = _native._SUFFIX
@@ -185,6 +185,7 @@ def package(tmp_path, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(_native, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(_backends, "_settled", {})
     stamp = {
         "torch": torch.__version__,
         "target_torch": "2.11",
@@ -263,7 +264,9 @@ def test_stamp_of_another_build(installed, tmp_path):
     shutil.copytree(installed, site)
     path = site / "lam_kernels" / "_build.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "compiler": "another one"}))
-    done = python_in(site, tmp_path, "from lam_kernels.ops import _native; _native.unavailable()")
+    done = python_in(
+        site, tmp_path, "from lam_kernels.ops import _backends, _native; _native.unavailable()"
+    )
     assert done.returncode != 0
     assert (
         "ImportError: lam_kernels: _build.json and the libraries come from different builds"

@@ -77,6 +77,10 @@ class Service(NamedTuple):
     limits: Callable[..., list[str]] | None = None
 
 
+# (op, named backend, device type, dtype) -> backend, where nothing else about a call matters
+_settled: dict[tuple, str] = {}
+
+
 class Services:
     """The backends of one op: which of them serves a call, why not the others, their kernels."""
 
@@ -84,8 +88,6 @@ class Services:
         self.op = op
         self.table = table
         self._kernels: dict[str, Kernels] = {}
-        # (named backend, device type, dtype) -> backend, where nothing else about a call matters
-        self._settled: dict[tuple, str] = {}
 
     def kernels(self, backend: str) -> Kernels:
         found = self._kernels.get(backend)
@@ -117,7 +119,7 @@ class Services:
         device, dtype = query.device.type, query.dtype
         # a compiler would guard on the dictionary, and compile again when it grows
         compiling = torch.compiler.is_compiling()
-        settled = None if compiling else self._settled.get((name, device, dtype))
+        settled = None if compiling else _settled.get((self.op, name, device, dtype))
         if settled is not None:
             return settled
         if name is not None and name not in BACKENDS:
@@ -128,7 +130,7 @@ class Services:
                 # an earlier candidate with limits may serve the next call
                 tried = [self.table[one] for one in candidates[: at + 1] if one in self.table]
                 if not compiling and not any(service.limits for service in tried):
-                    self._settled[name, device, dtype] = candidate
+                    _settled[self.op, name, device, dtype] = candidate
                 return candidate
         if name is not None:
             why_not = ", ".join(self.reasons(name, arguments))
