@@ -53,10 +53,10 @@ demo: build
 	$(call timed,demo,$(BIN)/python -m lam_kernels train image-classification)
 
 test: build
-	$(call timed,tests,$(BIN)/python -m pytest)
+	$(call timed,tests,$(BIN)/python -m pytest -n auto --dist worksteal)
 
 test-full: build
-	$(call timed,all tests,$(BIN)/python -m pytest --full)
+	$(call timed,all tests,$(BIN)/python -m pytest -n auto --dist worksteal --full)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
