@@ -1,8 +1,14 @@
-"""What is measured: named cases, and the targets they are held to.
+"""What is measured: named cases in named sets, and the targets they are held to.
 
-A case is a Problem (python_ref/inputs.py) without its dtype, the peers beside ours, and goals.
-Every row of the targets table of the project's first milestone is a case here, and so is every
-sentence below that table.
+A case is a problem of its op's page without its dtype, the peers beside ours, and goals.
+
+overview    what `make bench` measures in five minutes: time and memory over the length, the short
+            workloads, local patterns
+workloads   W1 to W22 (workloads.py)
+foundation  the held targets of the first milestone: every row of its table, every sentence below
+lengths     time and memory over L, finer and with more peers than the overview
+gpu         what a CUDA machine is asked
+smoke       tiny problems that only show that the bench works
 """
 
 from __future__ import annotations
@@ -10,12 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+from .workloads import WORKLOADS
 
-# fwd   forward alone, under no_grad
-# both  forward and backward, with the gradients that the problem's `grads` names
-# call  forward with gradients on, backward not run (host overhead)
-DIRECTIONS = ("fwd", "both", "call")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DIRECTIONS = ("fwd", "bwd", "both", "call")  # contender.DIRECTIONS says what they are
 
 MEASURES = ("time", "overhead", "memory")
 
@@ -41,32 +45,27 @@ class Case:
 
     name: str
     section: str  # heading of the table it belongs to, a key of SECTIONS
-    problem: dict  # fields of Problem
-    peers: tuple[str, ...]  # names in baselines.PEERS; "ours" is always there
+    problem: dict  # fields of the Problem of its op's page, without the dtype
+    peers: tuple[str, ...] | None = ()  # in the page's PEERS; None: the page's usual_peers
     goals: tuple[Goal, ...] = ()
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     directions: tuple[str, ...] = ("both",)
     measure: str = "time"
     quick: bool = False  # part of --quick
     sets: tuple[str, ...] = field(default=("foundation",))
-
-    @property
-    def label(self) -> str:
-        """The problem in one line."""
-        p = self.problem
-        text = f"B{p['B']} H{p['H']} L{p['Lq']} D{p['D']}"
-        for name in ("multiplier", "bias"):
-            if p.get(name):
-                frozen = "" if name[0] in p.get("grads", "qkvmb") else ", frozen"
-                axes = {"b": str(p["B"]), "h": "H", "q": "L", "k": "L", "1": "1"}
-                text += f", {name} [{','.join(axes[a] for a in p[name])}]{frozen}"
-        return text + (f", {p['pattern']}" if p.get("pattern") else "")
+    op: str = "masked_attention"
+    why_not: str = ""  # why it cannot be measured at all: its only row then
 
     def goals_of(self, dtype: str, direction: str) -> list[Goal]:
         return [g for g in self.goals if dtype in g.dtypes and direction in g.directions]
 
 
 SECTIONS = {
+    "lengths": "Time over the length",
+    "memory lengths": "Memory over the length",
+    "workloads": "Attention calls of real models",
+    "patterns": "Local patterns",
+    "given": "Problems given on the command line",
     "dense": "Learned multiplicative mask, forward and backward with its gradient",
     "forward": "Forward alone, under no_grad",
     "frozen": "Frozen mask: forward and backward, no mask gradient",
@@ -76,6 +75,7 @@ SECTIONS = {
     "memory": "Peak extra memory: forward and backward, results and cached scratch included",
     "threads": "One thread against two",
     "overhead": "Host overhead of a call on a tiny shape, above a plain autograd.Function",
+    "gpu": "On a CUDA machine",
     "smoke": "Tiny problems that only show that the bench works",
 }
 
@@ -239,8 +239,122 @@ def _smoke() -> list[Case]:
     ]  # fmt: skip
 
 
-CASES = {case.name: case for case in (*_foundation(), *_smoke())}
-SETS = ("foundation", "smoke")
+_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_OVERVIEW_LENGTHS = (128, 256, 512, 1024, 2048)
+_OVERVIEW_PEAKS = (512, 1024, 2048)
+_OVERVIEW_WORKLOADS = ("W1", "W6", "W8", "W10", "W19-stage1-shifted")
+
+
+def _lengths() -> list[Case]:
+    """One sample of 8 heads with a mask that they share, from short to long."""
+    steps, forwards, memory = [], [], []
+    for L in _LENGTHS:
+        problem = _shape(1, 8, L, multiplier="11qk")
+        eager = ("eager",) if L <= 2048 else ()  # seconds a call above
+        peers = ("compile", "sdpa_nomask", *eager)
+        step = ("lengths", *(("overview",) if L in _OVERVIEW_LENGTHS else ()))
+        peak = ("lengths", *(("overview",) if L in _OVERVIEW_PEAKS else ()))
+        quick = L <= 1024
+        steps.append(Case(f"length-L{L}", "lengths", problem, peers, quick=quick, sets=step))
+        forwards.append(
+            Case(f"length-forward-L{L}", "lengths", problem, peers, directions=("fwd",),
+                 quick=quick, sets=("lengths",))
+        )  # fmt: skip
+        memory.append(
+            Case(f"peak-L{L}", "memory lengths", problem, peers, dtypes=("fp32",),
+                 measure="memory", quick=quick, sets=peak)
+        )  # fmt: skip
+    return [*steps, *forwards, *memory]
+
+
+def _patterns() -> list[Case]:
+    shape = {"bias": "1h1k"}
+    return [
+        Case("toeplitz64-L2048", "patterns", _shape(1, 8, 2048, pattern="Toeplitz(64)", **shape),
+             ("blocks64_compile", "sdpa"), dtypes=("fp32",), sets=("overview",)),
+        Case("dilated64by4-L4096", "patterns",
+             _shape(1, 8, 4096, pattern="DilatedToeplitz(64, 4)", **shape),
+             ("strided64_compile", "strided64"), sets=()),
+    ]  # fmt: skip
+
+
+def _workloads() -> list[Case]:
+    cases = []
+    for workload in WORKLOADS.values():
+        for part in workload.parts:
+            name = f"{workload.name}-{part.name}" if part.name else workload.name
+            overview = ("overview",) if name in _OVERVIEW_WORKLOADS else ()
+            cases.append(
+                Case(name, "workloads", part.problem, None, dtypes=workload.dtypes,
+                     directions=workload.directions, sets=("workloads", *overview), op=part.op,
+                     why_not=part.why_not)
+            )  # fmt: skip
+    return cases
+
+
+def _band_share(L: int, radius: int, dilation: int) -> float:
+    """Visible pairs of a dilated band / all pairs."""
+    before = sum(min(i, radius) // dilation for i in range(L))
+    return (2 * before + L) / L**2
+
+
+def _gpu() -> list[Case]:
+    """What an H200 is held to: ratios in one run, bf16."""
+    sets, half = ("gpu",), ("bf16",)
+    fused = ("sdpa_nomask", "sdpa_nomask_cudnn", "sdpa_nomask_flash")
+    cases = []
+
+    def against(forward: float, step: float) -> tuple[Goal, ...]:
+        return (Goal(1 / forward, fused, half, ("fwd",)), Goal(1 / step, fused, half, ("both",)))
+
+    flex = (Goal(1 / 1.3, ("flex",), half, ("fwd",)), Goal(1 / 5, ("flex",), half, ("both",)))
+    for L, B, H, D in ((1024, 4, 16, 64), (4096, 4, 16, 64), (8192, 1, 16, 128)):
+        long = L >= 4096
+        cases.append(
+            Case(f"gpu-shared-L{L}-D{D}", "gpu", _shape(B, H, L, D, multiplier="b1qk"),
+                 (*fused, "flex", "sdpa_floatmask_grad", "compile"),
+                 (*flex, *(against(0.65, 0.45) if long else ())), half, ("fwd", "both"),
+                 sets=sets)
+        )  # fmt: skip
+    cases.append(
+        Case("gpu-each-L4096-D128", "gpu", _shape(1, 16, 4096, 128, multiplier="bhqk"),
+             (*fused, "flex", "compile"), against(0.55, 0.40), half, ("fwd", "both"), sets=sets)
+    )  # fmt: skip
+    # a pattern is held to a share of the speed-up that its visible pairs allow, over ours without
+    L = 8192
+    for name, pattern, visible, share in (
+        ("blocks", "BlockDiagonal(256)", 256 / L, 0.85),
+        ("band", "Toeplitz(512)", _band_share(L, 512, 1), 0.60),
+        ("dilated", "DilatedToeplitz(2048, 4)", _band_share(L, 2048, 4), 0.55),
+    ):
+        cases.append(
+            Case(f"gpu-{name}-L{L}", "gpu", _shape(1, 16, L, 128, bias="1h1k", pattern=pattern),
+                 ("ours_everywhere", "flex", "natten"),
+                 (Goal(visible / share, ("ours_everywhere",), half),), half, ("fwd", "both"),
+                 sets=sets)
+        )  # fmt: skip
+    for name in ("W1", "W6", "W8", "W18-stage1", "W19-stage1"):
+        whole, _, part = name.partition("-")
+        workload = WORKLOADS[whole]
+        problem = next(p for p in workload.parts if p.name == part).problem
+        goals = (
+            Goal(1 / 3, ("flex", "sdpa_floatmask_grad"), half, ("both",)),
+            Goal(1 / 5, ("eager",), half, ("both",)),
+        )
+        cases.append(
+            Case(f"gpu-{name}", "gpu", problem, ("flex", "sdpa_floatmask_grad", "eager", "compile"),
+                 goals, half, ("fwd", "both"), sets=sets)
+        )  # fmt: skip
+    return cases
+
+
+CASES = {
+    case.name: case
+    for case in (
+        *_lengths(), *_workloads(), *_patterns(), *_foundation(), *_gpu(), *_smoke()
+    )
+}  # fmt: skip
+SETS = ("overview", "workloads", "lengths", "foundation", "gpu", "smoke")
 
 
 def select(set_name: str, quick: bool = False, names: list[str] | None = None) -> list[Case]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from python_ref.inputs import Problem
-
-from . import baselines, check, cost, memory, timing
+from . import check, memory, ops, timing
 from .cases import DTYPES, Case, Goal
+from .contender import Contender, captured, contender, split_name
 
-PEAK_SIZE = 1024  # of the square matrices
-COPY_BYTES = 2**26
+PEAK_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
+COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
 
 
 @dataclass
@@ -25,12 +24,22 @@ class Settings:
     seconds: float  # of sampling, a case
     threads: int
     allocator: str
-    backend: str
+    backends: tuple[str, ...]  # of ours; the first one's contender is "ours"
+    device: str = "cpu"
     peers: list[str] | None = None  # None: all that the case names
+    graph: bool = False  # CUDA graphs beside the plain calls
+    cold: bool = True  # CUDA: the cache is overwritten before each sample
+    memory: bool = False  # peak memory of each contender of a timed case too
 
 
-def problem_of(case: Case, dtype: str) -> Problem:
-    return Problem(**case.problem, dtype=DTYPES[dtype])
+def sampler_of(settings: Settings) -> timing.CpuSampler | timing.CudaSampler:
+    if settings.device == "cpu":
+        return timing.CpuSampler()
+    return timing.CudaSampler(cold=settings.cold)
+
+
+def problem_of(case: Case, dtype: str):
+    return ops.page(case.op).Problem(**case.problem, dtype=DTYPES[dtype])
 
 
 def one_line(error: BaseException) -> str:
@@ -38,21 +47,28 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def peaks(dtype: str, threads: int) -> dict:
-    """Rates of a square matrix product and of a large copy, best of a few, measured now."""
-    torch.set_num_threads(threads)
-    a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE).to(getattr(torch, DTYPES[dtype])) for _ in range(2))
-    source = torch.zeros(COPY_BYTES // 4)
+def peaks(dtype: str, settings: Settings) -> dict:
+    """Rates of a square matrix product and of a large copy, best of a few, measured now.
+
+    On a CPU the product is measured in fp32 as well: many processors have no unit for half types,
+    and a kernel that computes those in fp32 would otherwise seem to exceed what is possible.
+    """
+    device = settings.device
+    torch.set_num_threads(settings.threads)
+    size, count = PEAK_SIZE[device], COPY_BYTES[device]
+    source = torch.zeros(count // 4, device=device)
     target = torch.zeros_like(source)
-    runners = [
-        timing.Runner("matmul", lambda: torch.mm(a, b)),
-        timing.Runner("copy", lambda: target.copy_(source)),
-    ]
-    series = timing.interleave(runners, samples=9, seconds=1.0)
-    matmul, copy = (min(series[n].used.values()) for n in ("matmul", "copy"))
+    runners = [timing.Runner("copy", lambda: target.copy_(source))]
+    for name in dict.fromkeys((dtype, "fp32") if device == "cpu" else (dtype,)):
+        drawn = torch.randn(size, size, device=device).to(getattr(torch, DTYPES[name]))
+        runners.append(timing.Runner(name, lambda drawn=drawn: torch.mm(drawn, drawn)))
+    series = timing.interleave(runners, samples=9, seconds=1.0, sampler=sampler_of(settings))
+    best = {name: min(one.used.values()) for name, one in series.items()}
+    rates = {name: 2 * size**3 / best[name] / 1e12 for name in best if name != "copy"}
     return {
-        "matmul_tflops": 2 * PEAK_SIZE**3 / matmul / 1e12,
-        "copy_gbps": 2 * COPY_BYTES / copy / 1e9,
+        "matmul_tflops": rates[dtype],
+        "peak_tflops": max(rates.values()),  # what shares are of
+        "copy_gbps": 2 * count / best["copy"] / 1e9,
     }
 
 
@@ -60,46 +76,76 @@ def measure(case: Case, dtype: str, direction: str, settings: Settings, peak: di
     """The rows of a case, ours first. A contender that fails or is wrong is a row that says so."""
     head = {
         "case": case.name,
+        "op": case.op,
         "section": case.section,
-        "label": case.label,
         "measure": case.measure,
         "dtype": dtype,
         "direction": direction,
+        "device": settings.device,
         "threads": settings.threads,
         "allocator": settings.allocator,
-        "backend": settings.backend,
+        "backend": settings.backends[0],
     }
-    wanted = case.peers if settings.peers is None else settings.peers
-    names = ["ours", *(p for p in wanted if p != "ours")]
+    why_not = case.why_not or ops.missing(case.op)
+    if why_not:
+        return [head | {"label": _sizes(case), "contender": "ours", "missing": why_not}]
+    page, problem = ops.page(case.op), problem_of(case, dtype)
+    head |= {"label": page.label(problem), "problem": repr(problem)}
+    names = _contenders(case, page, problem, direction, settings)
     goals = case.goals_of(dtype, direction)
     if case.measure == "memory":
-        rows = _memory_rows(case, dtype, direction, settings, names)
+        rows = [memory_row(case, problem, direction, settings, name) for name in names]
     else:
-        rows = _timed_rows(case, dtype, direction, settings, names, goals, peak)
+        rows = _timed_rows(case, page, problem, direction, settings, names, goals, peak)
     _judge(rows, goals, case.measure)
     return [head | row for row in rows]
 
 
-def _memory_rows(case, dtype, direction, settings, names) -> list[dict]:
-    rows = []
-    for name in names:
-        found = memory.measure_apart(
-            case.name, dtype, direction, name, settings.threads, settings.backend,
-            allocator=settings.allocator,
-        )  # fmt: skip
-        rows.append({"contender": name} | found)
-    return rows
+def _sizes(case: Case) -> str:
+    return " ".join(
+        f"{name.removesuffix('q')}{case.problem[name]}"
+        for name in ("B", "H", "Lq", "D")
+        if name in case.problem
+    )
 
 
-def _timed_rows(case, dtype, direction, settings, names, goals, peak) -> list[dict]:
-    problem = problem_of(case, dtype)
+def _contenders(case, page, problem, direction, settings) -> list[str]:
+    """Ours on each backend, then the peers."""
+    wanted = case.peers if settings.peers is None else settings.peers
+    if wanted is None:
+        wanted = page.usual_peers(problem, settings.device, direction)
+    mine = ["ours", *(f"ours:{name}" for name in settings.backends[1:])]
+    names = [*mine, *(p for p in wanted if p not in mine)]
+    if settings.graph:
+        names += [f"{name}+graph" for name in names]
+    return names
+
+
+def memory_row(case: Case, problem, direction: str, settings: Settings, name: str) -> dict:
+    """A contender's peak memory, in a process of its own."""
+    found = memory.measure_apart(
+        case.op, repr(problem), direction, name, settings.threads, settings.backends[0],
+        settings.device, allocator=settings.allocator,
+    )  # fmt: skip
+    return _named(name, settings) | found
+
+
+def _named(name: str, settings: Settings) -> dict:
+    """The contender's name, and its backend where it has one of its own."""
+    backend = split_name(name.removesuffix("+graph"))[1]
+    return {"contender": name} | ({"backend": backend} if backend else {})
+
+
+def _timed_rows(case, page, problem, direction, settings, names, goals, peak) -> list[dict]:
     torch._dynamo.reset()  # each case compiles anew: no case runs into another's recompile limit
     torch._dynamo.config.recompile_limit = 64
+    # a backward that is run again and again needs what the forward saved
+    torch._functorch.config.donated_buffer = direction != "bwd"
     drawn = {}
 
-    def draw(one: Problem):
+    def draw(one):
         if repr(one) not in drawn:
-            drawn[repr(one)] = check.draw(one)
+            drawn[repr(one)] = page.draw(one, settings.device)
         return drawn[repr(one)]
 
     def set_threads(threads: int | None) -> None:
@@ -107,56 +153,85 @@ def _timed_rows(case, dtype, direction, settings, names, goals, peak) -> list[di
         if torch.get_num_threads() != count:
             torch.set_num_threads(count)
 
-    deciding = {"ours", *(p for goal in goals for p in goal.peers)}
+    deciding = {*(n for n in names if n.startswith("ours")), *(p for g in goals for p in g.peers)}
     rows, runners = {}, []
     for name in names:
-        rows[name] = {"contender": name}
+        rows[name] = row = _named(name, settings)
         try:
-            set_threads(baselines.PEERS[name].threads)
-            one = baselines.contender(name, problem, direction, settings.backend, draw)
-            start = time.perf_counter()
-            result = one.result()
-            rows[name]["first_call_ms"] = round((time.perf_counter() - start) * 1e3, 3)
-            if one.peer.checked:
-                errors, wrong = check.problems_in(result, one.peer.problem(problem))
-                if wrong:
-                    rows[name]["error"] = "wrong result: " + "; ".join(wrong)
-                    continue
-                rows[name]["errors"] = errors
-            del result
+            peer = page.PEERS[split_name(name.removesuffix("+graph"))[0]]
+            set_threads(peer.threads)
+            one = _ready(page, name, problem, direction, settings, draw, row)
         except Exception as error:  # a peer that fails is a row
-            rows[name]["error"] = one_line(error)
+            row["error"] = one_line(error)
             continue
-        runners.append(timing.Runner(name, one.run, one.peer.threads, name not in deciding))
-        if one.peer.checked:
-            mine = one.peer.problem(problem)
-            rows[name] |= {
-                "flops": cost.flops(mine, direction),
-                "least_bytes": cost.least_bytes(mine, direction),
+        if "error" in row:
+            continue
+        runners.append(timing.Runner(name, one.run, peer.threads, name not in deciding))
+        if peer.checked:
+            mine = peer.problem(problem)
+            row |= {
+                "flops": page.flops(mine, direction),
+                "least_bytes": page.least_bytes(mine, direction),
             }
     if not runners:
         return list(rows.values())
+    sampler = timing.CpuSampler() if case.measure == "overhead" else sampler_of(settings)
     series = timing.interleave(
-        runners, samples=settings.samples, seconds=settings.seconds, set_threads=set_threads
-    )
-    measured = timing.run_delay_ns() is not None
+        runners, samples=settings.samples, seconds=settings.seconds, set_threads=set_threads,
+        sampler=sampler,
+    )  # fmt: skip
     for name, one in series.items():
-        rows[name] |= _times(one, measured, rows[name], peak)
+        rows[name] |= _times(one, settings, rows[name], peak)
         if name != "ours" and "ours" in series:
-            low, middle, high = timing.ratio(series["ours"], one)
-            rows[name]["ours_over_this"] = round(middle, 4)
-            if math.isfinite(low):
-                rows[name] |= {
-                    "ours_over_this_p20": round(low, 4),
-                    "ours_over_this_p80": round(high, 4),
-                }
-            mine = timing.spread(list(series["ours"].used.values()))[1]
-            theirs = timing.spread(list(one.used.values()))[1]
-            rows[name]["ours_minus_this_us"] = round((mine - theirs) * 1e6, 3)
+            rows[name] |= _against(series["ours"], one)
+    for runner in runners if settings.memory and settings.device == "cpu" else ():
+        found = memory_row(case, problem, direction, settings, runner.name)
+        rows[runner.name] |= {k: found[k] for k in ("peak_mib", "kept_mib") if k in found}
     return list(rows.values())
 
 
-def _times(series: timing.Series, measured: bool, row: dict, peak: dict) -> dict:
+def _ready(page, name, problem, direction, settings, draw, row) -> Contender:
+    """The contender after its first call and its check; what is found goes into the row."""
+    plain = name.removesuffix("+graph")
+    one = contender(page, plain, problem, direction, settings.backends[0], draw)
+    peer = one.peer
+    if peer.differs:
+        row["differs"] = peer.differs
+    if peer.note:
+        row["note"] = peer.note(one.operands)
+    start = time.perf_counter()
+    result = one.result()
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+    row["first_call_ms"] = round((time.perf_counter() - start) * 1e3, 3)
+    if settings.device == "cuda":
+        del result
+        peak, kept = memory.cuda_peak_mib(one.run)
+        row |= {"peak_mib": round(peak, 2), "kept_mib": round(kept, 2)}
+    if name != plain:
+        one = replace(captured(one), name=name)
+    if settings.device == "cuda":
+        result = one.result()
+    if peer.checked:
+        mine = peer.problem(problem)
+        parts = peer.expected(mine, settings.device) if peer.expected else None
+        errors, wrong = check.problems_in(result, page, mine, settings.device, parts)
+        if wrong:
+            row["error"] = "wrong result: " + "; ".join(wrong)
+        row["errors"] = errors
+    return one
+
+
+def _against(ours: timing.Series, peer: timing.Series) -> dict:
+    low, middle, high = timing.ratio(ours, peer)
+    found = {"ours_over_this": round(middle, 4)}
+    if math.isfinite(low):
+        found |= {"ours_over_this_p20": round(low, 4), "ours_over_this_p80": round(high, 4)}
+    mine, theirs = (timing.spread(list(s.used.values()))[1] for s in (ours, peer))
+    return found | {"ours_minus_this_us": round((mine - theirs) * 1e6, 3)}
+
+
+def _times(series: timing.Series, settings: Settings, row: dict, peak: dict) -> dict:
     low, middle, high = timing.spread(list(series.used.values()))
     found = {
         "median_ms": round(middle * 1e3, 5),
@@ -165,14 +240,16 @@ def _times(series: timing.Series, measured: bool, row: dict, peak: dict) -> dict
         "samples": len(series.used),
         "dropped": len(series.disturbed) if series.filtered else 0,
         "disturbed": not series.filtered,  # too few clean samples: these include disturbed ones
-        "delay_measured": measured,
+        "delay_measured": settings.device == "cpu" and timing.run_delay_ns() is not None,
         "calls_per_sample": series.repeats,
     }
+    if settings.device == "cuda":
+        found |= {"cold_cache": settings.cold}
     if "flops" in row:
         found |= {
             "tflops": round(row["flops"] / middle / 1e12, 4),
             "gbps": round(row["least_bytes"] / middle / 1e9, 3),
-            "share_of_matmul": round(row["flops"] / middle / 1e12 / peak["matmul_tflops"], 4),
+            "share_of_matmul": round(row["flops"] / middle / 1e12 / peak["peak_tflops"], 4),
             "share_of_copy": round(row["least_bytes"] / middle / 1e9 / peak["copy_gbps"], 4),
         }
     return found

@@ -1,10 +1,10 @@
-"""Peak extra memory of one call, in a process of its own.
+"""Peak extra memory of one call.
 
-The peak of resident memory (VmHWM, reset through /proc/self/clear_refs) minus what was resident
-before the call, so results, temporaries and scratch that a kernel keeps for its next call are all
-in it. A tiny call comes first: it loads libraries and starts threads, which are no attention's
-memory. torch.compile gets a whole call first, because compiling needs memory that training steps do
-not; inductor's code keeps nothing between calls.
+CPU, in a process of its own: the peak of resident memory (VmHWM, reset through
+/proc/self/clear_refs) minus what was resident before the call, so results, temporaries and scratch
+that a kernel keeps for its next call are all in it. A tiny call comes first: it loads libraries and
+starts threads, which are no attention's memory. torch.compile gets a whole call first, because
+compiling needs memory that training steps do not; inductor's code keeps nothing between calls.
 """
 
 from __future__ import annotations
@@ -48,27 +48,50 @@ def peak_mib(call) -> tuple[float, float]:
     return peak / 1024, (resident_kib("VmRSS") - before) / 1024
 
 
-def measure_here(
-    case_name: str, dtype: str, direction: str, peer_name: str, threads: int, backend: str
-) -> dict:
-    """One row, or a row with an error; for a fresh process."""
+def cuda_peak_mib(call) -> tuple[float, float]:
+    """The same on a CUDA device, by the statistics of torch's allocator."""
     import torch
 
-    from . import baselines, check, measure
-    from .cases import CASES
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak / MIB, (torch.cuda.memory_allocated() - before) / MIB
+
+
+def measure_here(
+    op: str, problem: str, direction: str, name: str, threads: int, backend: str, device: str
+) -> dict:
+    """One row, or a row with an error; for a fresh process. `problem` is the text of one."""
+    import torch
+
+    from . import check, measure, ops
+    from .contender import contender
 
     torch.set_num_threads(threads)
     try:
-        problem = measure.problem_of(CASES[case_name], dtype)
-        tiny = problem.but(B=1, H=2, Lq=128, Lk=128)
-        baselines.contender(peer_name, tiny, direction, backend, check.draw).run()
-        one = baselines.contender(peer_name, problem, direction, backend, check.draw)
+        page = ops.page(op)
+        problem = page.Problem.parse(problem)
+
+        def made(one):
+            return contender(page, name, one, direction, backend, lambda p: page.draw(p, device))
+
+        made(page.tiny(problem)).run()
+        one = made(problem)
         if one.peer.compiled:
             one.run()
-        peak, kept = peak_mib(one.run)
+        peak, kept = (cuda_peak_mib if device == "cuda" else peak_mib)(one.run)
         row = {"peak_mib": round(peak, 2), "kept_mib": round(kept, 2)}
+        if one.peer.differs:
+            row["differs"] = one.peer.differs
         if one.peer.checked:  # after the measurement: the reference's own memory must not be in it
-            errors, wrong = check.problems_in(one.result(), one.peer.problem(problem))
+            mine = one.peer.problem(problem)
+            parts = one.peer.expected(mine, device) if one.peer.expected else None
+            errors, wrong = check.problems_in(one.result(), page, mine, device, parts)
             if wrong:
                 return {"error": "wrong result: " + "; ".join(wrong)}
             row["errors"] = errors
@@ -86,7 +109,7 @@ def measure_apart(*arguments, allocator: str) -> dict:
         capture_output=True,
         text=True,
         env=record.environment_for(allocator),
-        cwd=record.ROOT.parent,
+        cwd=record.tree(),
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:

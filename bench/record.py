@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -100,9 +101,18 @@ def machine_slug() -> str:
     return f"{slug}-{cpu_level()}-{os.cpu_count()}cpu"
 
 
+def tree() -> Path:
+    """Where the lam_kernels that is measured lies: this checkout, or the one of `--against`."""
+    import lam_kernels
+
+    return Path(lam_kernels.__file__).parent.parent
+
+
 def commit() -> str:
-    """Short hash of the checkout, "-dirty" where tracked files differ; "none" outside one."""
-    git = ["git", "-C", str(ROOT)]
+    """Short hash of that checkout, "-dirty" where tracked files differ; "none" outside one."""
+    import lam_kernels
+
+    git = ["git", "-C", str(Path(lam_kernels.__file__).parent)]
     try:
         head = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -118,14 +128,39 @@ def commit() -> str:
     return head.stdout.strip() + ("-dirty" if changed else "")
 
 
-def facts() -> dict:
+def gpu_facts() -> dict:
+    """Device, driver and compiler of a CUDA machine; {} without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        driver = ""
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "gpu": properties.name,
+        "gpu_arch": f"sm_{properties.major}{properties.minor}",
+        "driver": driver.splitlines()[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+        "triton": triton,
+    }
+
+
+def facts(device: str = "cpu") -> dict:
     """What every row of a run has in common; imports torch."""
     import torch
 
     from lam_kernels import __version__
 
     now = datetime.now(UTC)
-    return {
+    return (gpu_facts() if device == "cuda" else {}) | {
         "date": now.strftime("%Y-%m-%d"),
         "time": now.strftime("%H:%M:%S"),
         "machine": cpu_model(),
@@ -140,8 +175,11 @@ def facts() -> dict:
     }
 
 
-def default_path() -> Path:
-    return RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{machine_slug()}.jsonl"
+def default_path(device: str = "cpu") -> Path:
+    slug = machine_slug()
+    if device == "cuda":
+        slug = re.sub(r"[^a-z0-9]+", "-", gpu_facts()["gpu"].lower()).strip("-")
+    return RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{slug}.jsonl"
 
 
 def append(path: Path, rows: list[dict]) -> None:

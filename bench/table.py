@@ -118,9 +118,9 @@ def _origin(rows: list[dict]) -> str:
     if peaks:
         text += " In the same run: " + "; ".join(peaks) + "."
     return text + (
-        "\nTimes are medians of interleaved samples in ms; ratio = ours / contender with the 20 "
-        "and 80 percentiles of the ratios within a round. Allocator: default = glibc as it is, "
-        "kept = glibc told to keep its memory. ~ = too few samples without other load: all used."
+        "\nTimes are medians of interleaved samples in ms; ratio = ours / contender: median and 20 "
+        "and 80 percentiles within a round. Allocator: default = glibc as it is, kept = glibc told "
+        "to keep its memory. ~ = too few samples without other load: all used."
     )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench import baselines, check, measure
+from bench import check, measure
 from bench.cases import CASES
+from bench.contender import contender
+from bench.ops import masked_attention as page
 from lam_kernels import backends
 
 _CHOSEN = [
@@ -31,8 +33,8 @@ def test_ours(benchmark, name, direction, dtype):
     if reason:
         pytest.skip(f"backend cpu: {reason}")
     problem = measure.problem_of(CASES[name], dtype)
-    one = baselines.contender("ours", problem, direction, "cpu", check.draw)
-    _, wrong = check.problems_in(one.result(), problem)
+    one = contender(page, "ours", problem, direction, "cpu", page.draw)
+    _, wrong = check.problems_in(one.result(), page, problem)
     assert not wrong
     benchmark.group = f"{name} {dtype}"
     benchmark(one.run)

@@ -103,8 +103,9 @@ class Problem:
                 given[name] = None
         return Problem(**{**given, **changes})
 
-    def operands(self) -> Operands:
-        return Operands.draw(self)
+    def operands(self, *, booleans: bool = True) -> Operands:
+        """booleans=False: without the [B,H,Lq,Lk] tensors visible and seen, for large problems."""
+        return Operands.draw(self, booleans)
 
 
 @dataclass
@@ -131,13 +132,13 @@ class Operands:
     pattern: object
     grad_out: Tensor  # [B,H,Lq,Dv]
     grad_lse: Tensor | None  # [B,H,Lq]
-    visible: Tensor  # [B,H,Lq,Lk]: pairs with a weight
-    seen: Tensor  # the same but for what the bias itself hides
+    visible: Tensor | None  # [B,H,Lq,Lk]: pairs with a weight
+    seen: Tensor | None  # the same but for what the bias itself hides
 
     NAMES: ClassVar = {"q": "query", "k": "key", "v": "value", "m": "multiplier", "b": "bias"}
 
     @classmethod
-    def draw(cls, p: Problem) -> Operands:
+    def draw(cls, p: Problem, booleans: bool = True) -> Operands:
         generator = torch.Generator().manual_seed(p.seed)
         dense = {
             "query": p.spread * _normal(generator, p.B, p.H, p.Lq, p.D),
@@ -146,9 +147,10 @@ class Operands:
         }
         masks = _draw_masks(p, generator)
         pattern = draw_pattern(p, generator)
-        seen = _seen(p, pattern, masks["attn_mask"], masks["key_mask"])
-        visible = seen
-        if p.bias:
+        seen = visible = None
+        if booleans or p.fill_words:
+            seen = visible = _seen(p, pattern, masks["attn_mask"], masks["key_mask"])
+        if p.bias and seen is not None:
             visible = seen & ((masks["bias"] > 0) if p.gate else (masks["bias"] != float("-inf")))
         if "nan" in p.fill_words:
             # a gate's own gradient is finite at M = 0 and reads the multiplier there

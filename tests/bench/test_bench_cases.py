@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench import baselines, check, measure
+from bench import check, contender, measure, ops
 from bench.cases import CASES, DTYPES, MEASURES, SECTIONS, Case, Goal, select
+from bench.ops import masked_attention as page
 from python_ref.inputs import Problem
 
 # The targets table as it was set: shape; fp32 over compile, over SDPA; the same in bf16.
@@ -20,7 +21,7 @@ PROMISED = {
 @pytest.mark.parametrize("name", PROMISED)
 def test_the_targets_table(name):
     case, (shape, *targets) = CASES[name], PROMISED[name]
-    assert case.label.startswith(shape)
+    assert page.label(Problem(**case.problem)).startswith(shape)
     found = [
         goal.at_most
         for dtype in ("fp32", "bf16")
@@ -35,19 +36,25 @@ def test_the_targets_table(name):
 def test_cases_are_well_formed(case):
     assert case.section in SECTIONS
     assert case.measure in MEASURES
-    assert set(case.peers) <= baselines.PEERS.keys()
+    assert case.op in ops.NAMES
+    if case.why_not or ops.missing(case.op):
+        return
+    peers = ops.page(case.op).PEERS
+    assert set(case.peers or ()) <= peers.keys()
     assert all(set(goal.peers) <= set(case.peers) for goal in case.goals)
     for dtype in case.dtypes:
-        measure.problem_of(case, dtype)
+        problem = measure.problem_of(case, dtype)
+        assert ops.page(case.op).Problem.parse(repr(problem)) == problem
+        assert "ours" not in ops.page(case.op).usual_peers(problem, "cpu", "both")
         for direction in case.directions:
-            assert "smoke" in case.sets or case.goals_of(dtype, direction), (
-                "a case without a target"
-            )
+            if "foundation" in case.sets:
+                assert case.goals_of(dtype, direction), "a case without a target"
 
 
 def test_every_sentence_below_the_table_has_a_case():
     sections = {case.section for case in select("foundation")}
-    assert sections == SECTIONS.keys() - {"smoke"}
+    others = {case.section for case in CASES.values() if "foundation" not in case.sets}
+    assert sections == SECTIONS.keys() - others - {"given"}
     one = {name: {goal.at_most for goal in CASES[name].goals} for name in CASES}
     assert one["toeplitz64-bias"] == one["toeplitz64-nomask"] == {0.30}
     assert one["blockdiagonal64-bias"] == one["blockdiagonal64-nomask"] == {0.9}
@@ -72,11 +79,18 @@ def test_select():
 
 
 def _errors(name, problem, direction="both", backend="reference"):
-    one = baselines.contender(name, problem, direction, backend, check.draw)
-    return check.problems_in(one.result(), one.peer.problem(problem))
+    one = contender.contender(page, name, problem, direction, backend, page.draw)
+    mine = one.peer.problem(problem)
+    parts = one.peer.expected(mine, "cpu") if one.peer.expected else None
+    return check.problems_in(one.result(), page, mine, parts=parts)
 
 
 DENSE = Problem(B=2, H=2, Lq=9, D=4, multiplier="b1qk")
+ADDED = Problem(B=2, H=2, Lq=9, D=4, bias="1hqk")
+PADDED = Problem(B=2, H=2, Lq=9, Lk=12, D=4, Dv=6, multiplier="b1qk", key_mask=True)
+WORDS = Problem(B=2, H=2, Lq=9, D=4, multiplier="11qk", attn_mask="text(4)")
+SHIFTED = Problem(B=8, H=2, Lq=16, D=4, bias="1hqk", pattern="Windows(2, 2, 4, 2)")
+DILATED = Problem(B=2, H=2, Lq=256, D=4, bias="1h1k", pattern="DilatedToeplitz(64, 4)")
 BAND = Problem(B=1, H=2, Lq=256, D=4, bias="1h1k", pattern="Toeplitz(64)")
 BLOCKS = Problem(B=2, H=2, Lq=128, D=4, bias="1h1k", pattern="BlockDiagonal(32)")
 
@@ -89,6 +103,14 @@ BLOCKS = Problem(B=2, H=2, Lq=128, D=4, bias="1h1k", pattern="BlockDiagonal(32)"
         ("eager", DENSE),
         ("eager", BAND),
         ("sdpa_nomask", DENSE),
+        *((name, p) for name in ("ours", "eager") for p in (ADDED, PADDED, WORDS, SHIFTED)),
+        ("sdpa", ADDED),
+        ("sdpa", SHIFTED),
+        ("sdpa_nomask_math", PADDED),
+        ("sdpa_floatmask", DENSE),
+        ("sdpa_floatmask_grad", WORDS),
+        ("strided64", DILATED),
+        ("strided64", DILATED.but(bias=None)),
         ("ours_d32", DENSE),
         ("blocks64", BAND),
         ("blocks128", BAND),
@@ -100,14 +122,13 @@ BLOCKS = Problem(B=2, H=2, Lq=128, D=4, bias="1h1k", pattern="BlockDiagonal(32)"
     ],
     ids=str,
 )
-@pytest.mark.parametrize("direction", ["both", "fwd"])
+@pytest.mark.parametrize("direction", ["both", "fwd", "bwd"])
 def test_peers_compute_the_same(name, problem, direction, dtype):
     errors, wrong = _errors(name, problem.but(dtype=dtype), direction)
     assert not wrong
-    learned = {"multiplier", "bias"} & {n for n in ("multiplier", "bias") if getattr(problem, n)}
-    if name == "sdpa_nomask":
-        learned = set()
-    gradients = {"query", "key", "value", *learned} if direction == "both" else set()
+    mine = page.PEERS[name].problem(problem)
+    learned = {n for n in ("multiplier", "bias") if getattr(mine, n) and n[0] in mine.grads}
+    gradients = {"query", "key", "value", *learned} if direction != "fwd" else set()
     assert errors.keys() == {"out", *gradients}
 
 
@@ -121,7 +142,7 @@ def test_a_frozen_mask_gets_no_gradient():
 def test_slices_of_large_problems_agree_with_the_whole(problem, monkeypatch):
     """Above the limit slices are compared: right results pass, and each output has a part."""
     check.expected.cache_clear()
-    monkeypatch.setattr(check, "FULL_PAIRS", 0)
+    monkeypatch.setattr(page, "FULL_PAIRS", 0)
     errors, wrong = _errors("eager", problem.but(seed=1))
     check.expected.cache_clear()
     assert not wrong
@@ -148,15 +169,15 @@ def _zeroed(t):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["out", "query", "key", "value", "multiplier"])
 @pytest.mark.parametrize("fault", [_row_scaled, _shifted, _one_nan, _zeroed])
-@pytest.mark.parametrize("limit", [check.FULL_PAIRS, 0], ids=["whole", "slices"])
+@pytest.mark.parametrize("limit", [page.FULL_PAIRS, 0], ids=["whole", "slices"])
 def test_planted_faults_are_refused(name, fault, dtype, limit, monkeypatch):
     check.expected.cache_clear()
-    monkeypatch.setattr(check, "FULL_PAIRS", limit)
+    monkeypatch.setattr(page, "FULL_PAIRS", limit)
     problem = Problem(B=1, H=1, Lq=12, D=4, multiplier="11qk", dtype=dtype)
-    one = baselines.contender("eager", problem, "both", "", check.draw)
+    one = contender.contender(page, "eager", problem, "both", "", page.draw)
     result = {n: t.clone() for n, t in one.result().items()}
     fault(result[name])
-    _, wrong = check.problems_in(result, problem)
+    _, wrong = check.problems_in(result, page, problem)
     check.expected.cache_clear()
     assert any(name in sentence for sentence in wrong)
 
@@ -167,7 +188,7 @@ def _settings(**changes):
         "seconds": 0.01,
         "threads": 1,
         "allocator": "default",
-        "backend": "reference",
+        "backends": ("reference",),
     }
     return measure.Settings(**base | changes)
 
@@ -179,12 +200,12 @@ def test_a_wrong_contender_and_a_failing_one_are_rows_without_a_time(monkeypatch
     def failing(operands, backend=""):
         raise NotImplementedError("no backward on this device\nand more")
 
-    monkeypatch.setitem(baselines.PEERS, "wrong", baselines.Peer("", wrong))
-    monkeypatch.setitem(baselines.PEERS, "failing", baselines.Peer("", failing))
+    monkeypatch.setitem(page.PEERS, "wrong", contender.Peer("", wrong))
+    monkeypatch.setitem(page.PEERS, "failing", contender.Peer("", failing))
     problem = {"B": 1, "H": 1, "Lq": 8, "D": 4}
     goals = (Goal(9.0, ("wrong", "eager")), Goal(9.0, ("failing",)))
     case = Case("x", "smoke", problem, ("wrong", "failing", "eager"), goals, directions=("fwd",))
-    peak = {"matmul_tflops": 1.0, "copy_gbps": 1.0}
+    peak = {"peak_tflops": 1.0, "copy_gbps": 1.0}
     rows = measure.measure(case, "fp32", "fwd", _settings(), peak)
     by_name = {row["contender"]: row for row in rows}
     assert by_name["wrong"]["error"].startswith("wrong result: out differs")
@@ -212,7 +233,7 @@ def test_threads_are_given_back():
     case = CASES["smoke-self"]
     try:
         rows = measure.measure(
-            case, "fp32", "both", _settings(threads=2), {"matmul_tflops": 1.0, "copy_gbps": 1.0}
+            case, "fp32", "both", _settings(threads=2), {"peak_tflops": 1.0, "copy_gbps": 1.0}
         )
         assert torch.get_num_threads() == 2
     finally:

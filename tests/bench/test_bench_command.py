@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import check, memory, record, table
-from bench.__main__ import describe, main
+from bench.__main__ import main
+from bench.lines import describe
+from bench.ops import masked_attention as page
 from python_ref.inputs import Problem
 
 
@@ -52,8 +55,9 @@ def test_a_run_writes_rows_and_the_table_reads_them(tmp_path):
 
 
 def test_memory_is_measured_in_a_fresh_process():
+    problem = repr(Problem(B=2, H=2, Lq=17, D=8, multiplier="b1qk"))
     found = memory.measure_apart(
-        "smoke-memory", "fp32", "both", "eager", 1, "reference", allocator="kept"
+        "masked_attention", problem, "both", "eager", 1, "reference", "cpu", allocator="kept"
     )
     assert "error" not in found
     assert found["peak_mib"] >= found["kept_mib"] >= 0
@@ -83,7 +87,16 @@ def test_environment_of_the_allocators(monkeypatch):
         (["run", "--dtype", "fp8"], "--dtype 'fp8': expected some of fp32"),
         (["run", "--peer", "flax"], "--peer 'flax'"),
         (["run", "--allocator", "jemalloc"], "--allocator 'jemalloc'"),
-        (["run", "--threads", "0"], "at least 1"),
+        (["run", "--threads", "0"], "numbers of at least 1"),
+        (["run", "--op", "softmax"], "--op 'softmax': expected some of masked_attention"),
+        (["run", "--workload", "W23"], "expected W1 to W22, B,H,Lq,Lk,D or"),
+        (["run", "--workload", "8,12,197,64"], "expected five numbers B,H,Lq,Lk,D"),
+        (["run", "--workload", "Problem(L=3)"], "not a problem of masked_attention"),
+        (["run", "--workload", "1,1,8,8,4", "--multiplier", "bqk"], "--multiplier 'bqk'"),
+        (["run", "--workload", "W1", "--batch", "half"], "--batch 'half'"),
+        (["run", "--samples", "0"], "--samples must be more than 0"),
+        (["run", "--graph"], "need --device cuda"),
+        (["run", "--case", "smoke-dense", "--device", "cuda"], "sees no CUDA device"),
         (["run", "--case", "smoke-dense", "--backend", "quantum"], "backend 'quantum'"),
         (["run", "--direction", "call", "--backend", "reference"], "no chosen case"),
         (["table", "--results", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -92,7 +105,9 @@ def test_environment_of_the_allocators(monkeypatch):
 def test_refusals_are_one_sentence_and_code_2(arguments, sentence, monkeypatch, capsys):
     for name in record.ALLOCATORS["kept"]:
         monkeypatch.delenv(name, raising=False)
-    if arguments[0] == "run" and "--case" not in arguments:
+    if "--device" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    if arguments[0] == "run" and not {"--case", "--workload"} & set(arguments):
         arguments += ["--case", "smoke-dense"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -200,10 +215,10 @@ def test_processes_of_a_run_share_references(monkeypatch):
     with record.shared_references():
         folder = os.environ[record.REFERENCES]
         check.expected.cache_clear()
-        first = check.expected(problem)
+        first = check.expected(page, problem)
         check.expected.cache_clear()
-        monkeypatch.setattr(check, "_expected", None)
-        second = check.expected(problem)
+        monkeypatch.setattr(page, "expected", None)
+        second = check.expected(page, problem)
         assert record.environment_for("kept")[record.REFERENCES] == folder
         with record.shared_references():
             assert os.environ[record.REFERENCES] == folder

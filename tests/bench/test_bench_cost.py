@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import cost
+from bench.ops import masked_attention as cost
 from python_ref.inputs import Problem
 
 PROBLEMS = [
@@ -14,13 +14,39 @@ PROBLEMS = [
     Problem(B=1, H=2, Lq=8, D=2, pattern=("Toeplitz(1) & Causal()", None)),
     Problem(B=1, H=1, Lq=0, D=2),
     Problem(B=1, H=2, Lq=6, D=2, multiplier="11qk", bias="1h1k", grads="qk", dtype="bfloat16"),
+    Problem(B=3, H=2, Lq=5, Lk=9, D=2, multiplier="b1qk", key_mask=True),
+    Problem(B=2, H=4, Hkv=2, Lq=5, D=2, attn_mask="b1qk", pattern="Toeplitz(2)"),
+    Problem(B=2, H=2, Lq=6, D=2, attn_mask="text(3)", key_mask=True),
+    Problem(B=2, H=2, Lq=10, D=2, pattern="Segments(3)", seed=4),
+    Problem(B=8, H=2, Lq=16, D=2, bias="1hqk", pattern="Windows(2, 2, 4, 2)"),
+    Problem(B=2, H=2, Lq=8, D=2, pattern=("Toeplitz(1)", None), key_mask=True),
 ]
 
 
 def _visible(problem):
-    """Every visible pair, one at a time."""
-    seen = problem.operands().seen
-    return [tuple(at) for at in seen.nonzero().tolist()]
+    """Every visible pair, one at a time, from what the contenders are given."""
+    operands = cost.draw(problem)
+    patterns = operands.pattern if isinstance(operands.pattern, list) else None
+    found = []
+    for b in range(problem.B):
+        for h in range(problem.H):
+            one = patterns[h] if patterns else operands.pattern
+            dense = None if one is None else one.dense(problem.Lq, problem.Lk)
+            for i in range(problem.Lq):
+                for j in range(problem.Lk):
+                    at = (b, h, i, j)
+                    seen = dense is None or _entry(dense.view(-1, 1, *dense.shape[-2:]), at)
+                    if operands.attn_mask is not None:
+                        seen = seen and _entry(operands.attn_mask, at)
+                    if operands.key_mask is not None:
+                        seen = seen and bool(operands.key_mask[b, j])
+                    if seen:
+                        found.append(at)
+    return found
+
+
+def _entry(mask, at):
+    return bool(mask[tuple(x if n > 1 else 0 for x, n in zip(at, mask.shape, strict=True))])
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
@@ -29,12 +55,12 @@ def test_visible_pairs(problem):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
-@pytest.mark.parametrize("direction", ["fwd", "both"])
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "both"])
 def test_flops(problem, direction):
     """One multiply and one add for each step of each product that the formulas name."""
     D, Dv = problem.D, problem.Dv
-    products = {"S": D, "O": Dv}
-    if direction == "both":
+    products = {} if direction == "bwd" else {"S": D, "O": Dv}
+    if direction != "fwd":
         products |= {"S again": D, "dP": Dv, "dV": Dv, "dQ": D, "dK": D}
     count = 0
     for _ in _visible(problem):
@@ -48,6 +74,7 @@ def test_the_usual_convention():
     problem = Problem(B=1, H=1, Lq=8, D=4)
     forward = cost.flops(problem, "fwd")
     assert forward == 4 * 8 * 8 * 4
+    assert cost.flops(problem, "bwd") == 2.5 * forward
     assert cost.flops(problem, "both") == 3.5 * forward
     assert cost.flops(problem, "call") == forward
 
@@ -56,18 +83,34 @@ def _bytes_of(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.pattern is None], ids=repr)
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if not p.pattern], ids=repr)
 def test_least_bytes_of_dense_problems(problem):
     """Operands in, out and lse out; backward reads those and grad_out and writes gradients."""
-    operands = problem.operands()
-    names = ("query", "key", "value", "multiplier", "bias")
+    if problem.attn_mask and problem.multiplier:
+        pytest.skip("entries that nobody sees need not be read: not this simple sum")
+    operands = cost.draw(problem)
+    names = ("query", "key", "value", "bias", "key_mask", "attn_mask")
     given = [t for t in (getattr(operands, n) for n in names) if t is not None]
+    read = _bytes_of(given)
+    if operands.multiplier is not None:  # entries that some visible pair uses
+        shape = operands.multiplier.shape
+        pairs = problem.B * problem.H * problem.Lq * problem.Lk
+        share = len(_visible(problem)) / pairs
+        read += round(shape.numel() * share) * operands.multiplier.element_size()
     lse = 4 * problem.B * problem.H * problem.Lq
-    forward = _bytes_of([*given, operands.grad_out]) + lse  # out is as large as grad_out
+    forward = read + _bytes_of([operands.grad_out]) + lse  # out is as large as grad_out
     assert cost.least_bytes(problem, "fwd") == forward
-    backward = _bytes_of([*given, operands.grad_out, operands.grad_out]) + lse
+    backward = read + _bytes_of([operands.grad_out, operands.grad_out]) + lse
     backward += _bytes_of(operands.leaves.values())
+    assert cost.least_bytes(problem, "bwd") == backward
     assert cost.least_bytes(problem, "both") == forward + backward
+
+
+def test_segment_ids_are_read_as_the_op_stores_them():
+    plain = Problem(B=8, H=2, Lq=16, D=2)
+    for pattern in ("Windows(2, 2, 4, 2)", "Segments(3)"):
+        more = cost.least_bytes(plain.but(pattern=pattern), "fwd") - cost.least_bytes(plain, "fwd")
+        assert more == 2 * 8 * 16 * 8
 
 
 def test_hidden_entries_of_a_mask_need_not_be_read():

@@ -43,9 +43,8 @@ class Machine:
         return call
 
     def measure(self, runners, **settings):
-        return timing.interleave(
-            runners, clock=lambda: self.now, delay=lambda: {1: self.waited}, **settings
-        )
+        sampler = timing.CpuSampler(clock=lambda: self.now, delay=lambda: {1: self.waited})
+        return timing.interleave(runners, sampler=sampler, **settings)
 
 
 def test_samples_alternate_after_warm_up():
@@ -78,9 +77,19 @@ def test_without_clean_samples_all_are_used_and_marked():
 
 
 def test_a_ratio_never_divides_clean_by_disturbed_samples():
-    calm = Series(clean={0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, disturbed={4: 3.0})
-    noisy = Series(disturbed={4: 6.0})
-    assert timing.ratio(calm, noisy)[0] == pytest.approx(0.5)
+    calm = Series(clean={0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, disturbed={4: 3.0, 5: 3.0, 6: 3.0})
+    noisy = Series(disturbed={4: 6.0, 5: 6.0, 6: 6.0})
+    assert timing.ratio(calm, noisy) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_a_ratio_is_within_its_spread_and_has_none_of_too_few_rounds():
+    ours, peer = (Series(clean=dict(enumerate(v))) for v in ([1, 2, 3, 9], [1, 1, 2, 1]))
+    low, middle, high = timing.ratio(ours, peer)
+    assert low <= middle <= high
+    few = Series(clean={0: 2.0, 7: 2.0})
+    low, middle, high = timing.ratio(ours, few)
+    assert math.isnan(low)
+    assert middle == pytest.approx(2.5 / 2.0)
 
 
 def test_short_calls_are_repeated_within_a_sample():
