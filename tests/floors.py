@@ -186,12 +186,19 @@ def summands(problem: Problem) -> dict[str, Summands]:
 
 def _root(left: Tensor, right: Tensor) -> Tensor:
     """Independent errors of a matrix product's summands."""
-    return (left.square() @ right.square()).sqrt()
+    size = _size(left)
+    return size * ((left / size).square() @ right.square()).sqrt()
 
 
 def _unit(rows: Tensor) -> Tensor:
-    norm = rows.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 1e-140, rows / norm, 0.0)
+    rows = rows / _size(rows)
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def _size(rows: Tensor) -> Tensor:
+    """The largest of each row, to divide by: squares of small float64 weights underflow."""
+    smallest = torch.finfo(torch.float64).smallest_normal
+    return rows.abs().amax(-1, keepdim=True).clamp_min(smallest)
 
 
 def _gain(left: Tensor, right: Tensor, product: Tensor, equal: bool) -> Tensor:

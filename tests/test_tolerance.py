@@ -281,6 +281,22 @@ def test_true_gradient_of_zero():
             assert_accurate(result, problem)
 
 
+def test_rows_whose_squares_underflow():
+    """Dropout that leaves a row nothing but weights of e^-370: float64 holds them, not squares."""
+    problem = Problem(
+        H=4, Lq=65, D=200, Dv=64, dtype="float64", multiplier="bhq1", multiplier_dtype="float32",
+        attn_mask="1hq1", scale=0.3, dropout_p=0.9, spread=20.0, fill="neg_inf", seed=1205,
+    )  # fmt: skip
+    result = flash_kernel(problem)
+    size = result["out"].abs().amax(-1)
+    row = tuple((size == size[size > 0].min()).nonzero()[0].tolist())
+    assert float(size[row]) < 1e-100
+    assert_accurate(result, problem)
+    result["out"][row] *= 1.01
+    with pytest.raises(AssertionError, match="out: gain"):
+        assert_accurate(result, problem)
+
+
 def test_problem_is_one_line_that_can_be_pasted():
     for seed in range(200):
         problem = random_problem(seed)

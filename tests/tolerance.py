@@ -104,8 +104,14 @@ def violations(
     error, noise, expected, accumulated, stored = map(
         rows, (error, noise, expected, accumulated, stored)
     )
+    # in units of each row's own size: squares of float64 weights underflow from e^-360 on
+    size = torch.maximum(expected.abs(), accumulated).amax(1)
+    size = size.clamp_min(torch.finfo(torch.float64).smallest_normal)
+    error, noise, expected, accumulated, stored = (
+        x / size[:, None] for x in (error, noise, expected, accumulated, stored)
+    )
     norm = expected.norm(dim=1)
-    tiny *= math.sqrt(expected.shape[1])
+    tiny = tiny * math.sqrt(expected.shape[1]) / size
     unit = (STEPS * step * norm).hypot(stored.norm(dim=1)) + accumulated.norm(dim=1) + tiny
     bound = max(1.0, factor * float((noise.norm(dim=1) / unit).max()))
     found += _rows(f"{name}: RMS", error.norm(dim=1) / unit, bound)
@@ -113,7 +119,7 @@ def violations(
     along = torch.where((norm > unit)[:, None], expected / norm[:, None], 0.0)
     gain = (stored * along).norm(dim=1)
     if floor.stored_gain is not None:
-        gain = STEPS * torch.finfo(compute).eps * floor.stored_gain.reshape(-1)
+        gain = STEPS * torch.finfo(compute).eps * floor.stored_gain.reshape(-1) / size
     unit = (STEPS * step * (expected * along).norm(dim=1)).hypot(gain)
     unit = unit + accumulated.norm(dim=1) + tiny
     # no credit for `noise`: the reference's low-precision sums move whole rows, a kernel sums in
