@@ -99,7 +99,7 @@ def masked_attention(
         )
     flat, segment_ids = encode(pattern, query.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    total = dtype_of_sums(query, upcast)
+    total = dtype_of_sums(query.dtype, upcast)
     with no_autocast(query):
         multiplier, bias = (
             product(mask.rows, mask.columns, mask.offset, total)
@@ -119,7 +119,7 @@ def masked_attention_fwd(
     bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op's forward with the op's own arguments (an encoded pattern, 4-D masks)."""
-    total = dtype_of_sums(query, True)
+    total = dtype_of_sums(query.dtype, True)
     with no_autocast(query):
         multiplier = _mask(multiplier, multiplier_columns, multiplier_offset, total)
         bias = _mask(bias, bias_columns, bias_offset, total)
@@ -138,7 +138,7 @@ def masked_attention_bwd(
     multiplier_factors = (multiplier, multiplier_columns, multiplier_offset)
     bias_factors = (bias, bias_columns, bias_offset)
     with no_autocast(query):
-        total = dtype_of_sums(query, True)
+        total = dtype_of_sums(query.dtype, True)
         multiplier, bias = _mask(*multiplier_factors, total), _mask(*bias_factors, total)
         s = _scores(
             query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids,
@@ -209,7 +209,7 @@ def _scores(
     pattern, scale, gate, upcast,
 ) -> _Scores:  # fmt: skip
     """S, F and what may be seen, with hidden mask values replaced before they can reach a sum."""
-    total = dtype_of_sums(query, upcast)
+    total = dtype_of_sums(query.dtype, upcast)
     H, Lq, Lk = query.shape[1], query.shape[2], key.shape[2]
 
     query = query.to(total)
