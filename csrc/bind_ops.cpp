@@ -124,6 +124,44 @@ lam::View mask_view(const OptionalTensor& t, const char* name, const lam::Masked
   return view(input_data(*t), dtype, *t);
 }
 
+// A mask operand as a tensor, or as the factors of M = rows columns^T + offset: then `dense` holds the rows.
+struct MaskOperand {
+  OptionalTensor dense, columns, offset;
+};
+
+void check_factor(const Tensor& t, const char* name, const lam::MaskedAttentionParams& p, int64_t length, int64_t width) {
+  check_tensor(t, name, {p.B, p.H, length, width}, /*broadcast=*/true);
+  STD_TORCH_CHECK(t.size(2) == length && t.size(3) == width, name, ": the last two axes must be [", length, ", ", width,
+                  "], are [", t.size(2), ", ", t.size(3), "]");
+  STD_TORCH_CHECK(dtype_of(t, name) != lam::DType::f64 || p.query.dtype == lam::DType::f64, name,
+                  " may be float64 only if query is");
+}
+
+// Fills the struct; the operand keeps what had to be copied.
+void set_mask(MaskOperand& mask, const char* name, const lam::MaskedAttentionParams& p, lam::View& dense,
+              lam::Factors& factors) {
+  if (!mask.columns) {
+    STD_TORCH_CHECK(!mask.offset, name, ": an offset needs columns");
+    dense = mask_view(mask.dense, name, p);
+    return;
+  }
+  STD_TORCH_CHECK(mask.dense.has_value(), name, ": columns need rows");
+  STD_TORCH_CHECK(!p.gate, name, ": factors cannot be a gate");
+  STD_TORCH_CHECK(mask.dense->dim() == 4, name, " must have 4 axes, has ", mask.dense->dim());
+  const int64_t rank = mask.dense->size(3);
+  STD_TORCH_CHECK(rank >= 1 && rank <= 256, name, ": rank must be 1 to 256, is ", rank);
+  check_factor(*mask.dense, name, p, p.Lq, rank);
+  check_factor(*mask.columns, name, p, p.Lk, rank);
+  mask.dense = with_unit_last_stride(*mask.dense), mask.columns = with_unit_last_stride(*mask.columns);
+  factors.rank = rank;
+  factors.rows = row_view(*mask.dense, dtype_of(*mask.dense, name));
+  factors.columns = row_view(*mask.columns, dtype_of(*mask.columns, name));
+  if (mask.offset) {
+    check_factor(*mask.offset, name, p, 1, p.Lk);
+    factors.offset = view(input_data(*mask.offset), dtype_of(*mask.offset, name), *mask.offset);
+  }
+}
+
 // Every axis counts, also one of size 1: a result is addressed as what it is, [B, H, L, ...] contiguous.
 lam::View result_view(const Tensor& t, lam::DType dtype) {
   lam::View v{t.mutable_data_ptr(), dtype, {0, 0, 0, 0}};
@@ -211,14 +249,15 @@ void parallel_for(int64_t n, void (*body)(void*, int64_t), void* ctx) {
 struct Call {
   lam::MaskedAttentionParams p{};
   Tensor query, key, value;
+  MaskOperand multiplier, bias;
   std::vector<lam::SegmentIds> segments;
   std::vector<lam::PatternSpec> patterns;
 
-  Call(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const OptionalTensor& multiplier,
-       const OptionalTensor& bias, const OptionalTensor& attn_mask, const OptionalTensor& key_mask,
+  Call(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const MaskOperand& multiplier_in,
+       const MaskOperand& bias_in, const OptionalTensor& attn_mask, const OptionalTensor& key_mask,
        const std::vector<Tensor>& segment_ids, const OptionalTensor& rng_state, const std::vector<int64_t>& pattern,
        double scale, double dropout_p, bool gate)
-      : query(query_in), key(key_in), value(value_in) {
+      : query(query_in), key(key_in), value(value_in), multiplier(multiplier_in), bias(bias_in) {
     STD_TORCH_CHECK(*lam::level_error() == '\0', lam::level_error());
     check_tensor(query, "query", {-1, -1, -1, -1});
     p.B = query.size(0), p.H = query.size(1), p.Lq = query.size(2), p.D = query.size(3);
@@ -236,8 +275,9 @@ struct Call {
     query = with_unit_last_stride(query), key = with_unit_last_stride(key), value = with_unit_last_stride(value);
     p.query = row_view(query, dtype), p.key = row_view(key, dtype), p.value = row_view(value, dtype);
 
-    p.multiplier = mask_view(multiplier, "multiplier", p);
-    p.bias = mask_view(bias, "bias", p);
+    p.gate = gate;
+    set_mask(multiplier, "multiplier", p, p.multiplier, p.multiplier_factors);
+    set_mask(bias, "bias", p, p.bias, p.bias_factors);
     if (attn_mask) {
       check_tensor(*attn_mask, "attn_mask", {p.B, p.H, p.Lq, p.Lk}, /*broadcast=*/true);
       check_scalar_type(*attn_mask, "attn_mask", ScalarType::Bool, "bool");
@@ -268,7 +308,6 @@ struct Call {
     }
     p.scale = scale;
     p.dropout_p = dropout_p;
-    p.gate = gate;
     // Waking a second thread costs more than this many multiplications do.
     constexpr double kWorthAThread = 1 << 18;
     const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.Lq) * static_cast<double>(p.Lk * p.D);
@@ -290,13 +329,13 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, OptionalTensor multiplier,
-                                                    OptionalTensor bias, OptionalTensor attn_mask,
-                                                    OptionalTensor key_mask, std::vector<Tensor> segment_ids,
-                                                    OptionalTensor rng_state, std::vector<int64_t> pattern,
-                                                    double scale, double dropout_p, bool gate) {
-  Call call(query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state, pattern, scale,
-            dropout_p, gate);
+std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(
+    Tensor query, Tensor key, Tensor value, OptionalTensor multiplier, OptionalTensor bias,
+    OptionalTensor multiplier_columns, OptionalTensor multiplier_offset, OptionalTensor bias_columns,
+    OptionalTensor bias_offset, OptionalTensor attn_mask, OptionalTensor key_mask, std::vector<Tensor> segment_ids,
+    OptionalTensor rng_state, std::vector<int64_t> pattern, double scale, double dropout_p, bool gate) {
+  Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
+            attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
   lam::MaskedAttentionParams& p = call.p;
   const Shape out_shape{p.B, p.H, p.Lq, p.Dv}, lse_shape{p.B, p.H, p.Lq};
   Tensor out = allocate(query, out_shape);
@@ -312,16 +351,22 @@ std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(Tensor query, Tensor key, Te
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_cpu_bwd(
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients masked_attention_cpu_bwd(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor multiplier,
-    OptionalTensor bias, OptionalTensor attn_mask, OptionalTensor key_mask, std::vector<Tensor> segment_ids,
-    OptionalTensor rng_state, Tensor out, Tensor lse, std::vector<int64_t> pattern, double scale, double dropout_p,
-    bool gate, std::vector<bool> needs) {
-  Call call(query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state, pattern, scale,
-            dropout_p, gate);
+    OptionalTensor bias, OptionalTensor multiplier_columns, OptionalTensor multiplier_offset,
+    OptionalTensor bias_columns, OptionalTensor bias_offset, OptionalTensor attn_mask, OptionalTensor key_mask,
+    std::vector<Tensor> segment_ids, OptionalTensor rng_state, Tensor out, Tensor lse, std::vector<int64_t> pattern,
+    double scale, double dropout_p, bool gate, std::vector<bool> needs) {
+  Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
+            attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
   lam::MaskedAttentionParams& p = call.p;
-  STD_TORCH_CHECK(needs.size() == 5, "needs must hold 5 flags, has ", needs.size());
-  STD_TORCH_CHECK((multiplier || !needs[3]) && (bias || !needs[4]), "no gradient of an operand that is not there");
+  STD_TORCH_CHECK(needs.size() == 9, "needs must hold 9 flags, has ", needs.size());
+  const OptionalTensor* const masks[] = {&multiplier,        &bias,         &multiplier_columns,
+                                         &multiplier_offset, &bias_columns, &bias_offset};
+  for (size_t k = 0; k < 6; ++k)
+    STD_TORCH_CHECK(*masks[k] || !needs[3 + k], "no gradient of an operand that is not there");
 
   const lam::DType lse_dtype = call.lse_kernel_dtype();
   check_tensor(grad_out, "grad_out", {p.B, p.H, p.Lq, p.Dv});
@@ -353,10 +398,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_cpu_bwd(
   Tensor grad_query = gradient(query, needs[0], dtype, p.grad_query);
   Tensor grad_key = gradient(key, needs[1], dtype, p.grad_key);
   Tensor grad_value = gradient(value, needs[2], dtype, p.grad_value);
-  Tensor grad_multiplier = gradient(multiplier ? *multiplier : query, needs[3], p.multiplier.dtype, p.grad_multiplier);
-  Tensor grad_bias = gradient(bias ? *bias : query, needs[4], p.bias.dtype, p.grad_bias);
+  auto mask_gradient = [&](const OptionalTensor& operand, bool want, const lam::View& like, lam::View& v) {
+    return gradient(operand ? *operand : query, want, like.dtype, v);
+  };
+  lam::Factors &dm = p.grad_multiplier_factors, &db = p.grad_bias_factors;
+  const lam::Factors &m = p.multiplier_factors, &a = p.bias_factors;
+  const bool low_m = m.rank > 0, low_a = a.rank > 0;
+  dm.rank = m.rank, db.rank = a.rank;
+  Tensor grad_multiplier = mask_gradient(multiplier, needs[3], low_m ? m.rows : p.multiplier, low_m ? dm.rows : p.grad_multiplier);
+  Tensor grad_bias = mask_gradient(bias, needs[4], low_a ? a.rows : p.bias, low_a ? db.rows : p.grad_bias);
+  Tensor grad_multiplier_columns = mask_gradient(multiplier_columns, needs[5], m.columns, dm.columns);
+  Tensor grad_multiplier_offset = mask_gradient(multiplier_offset, needs[6], m.offset, dm.offset);
+  Tensor grad_bias_columns = mask_gradient(bias_columns, needs[7], a.columns, db.columns);
+  Tensor grad_bias_offset = mask_gradient(bias_offset, needs[8], a.offset, db.offset);
 
-  const bool wanted = needs[0] || needs[1] || needs[2] || needs[3] || needs[4];
+  bool wanted = false;
+  for (const bool need : needs) wanted = wanted || need;
   if (!zeros && wanted) {
     p.out = row_view(out, dtype);
     p.lse = view(input_data(lse), lse_dtype, lse);
@@ -366,7 +423,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_cpu_bwd(
     p.grad_query.stride[3] = p.grad_key.stride[3] = p.grad_value.stride[3] = 1;
     call.run(lam::masked_attention_bwd_kernel(dtype));
   }
-  return {grad_query, grad_key, grad_value, grad_multiplier, grad_bias};
+  return {grad_query, grad_key, grad_value, grad_multiplier, grad_bias, grad_multiplier_columns, grad_multiplier_offset,
+          grad_bias_columns, grad_bias_offset};
 }
 
 }  // namespace
@@ -374,13 +432,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_cpu_bwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(lam_kernels, m) {
   m.def(
       "masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? multiplier, Tensor? bias, "
+      "Tensor? multiplier_columns, Tensor? multiplier_offset, Tensor? bias_columns, Tensor? bias_offset, "
       "Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, Tensor? rng_state, int[] pattern, float scale, "
       "float dropout_p, bool gate) -> (Tensor, Tensor)");
   m.def(
       "masked_attention_cpu_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor? multiplier, Tensor? bias, Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, "
+      "Tensor? multiplier, Tensor? bias, Tensor? multiplier_columns, Tensor? multiplier_offset, "
+      "Tensor? bias_columns, Tensor? bias_offset, Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, "
       "Tensor? rng_state, Tensor out, Tensor lse, int[] pattern, float scale, float dropout_p, bool gate, "
-      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CPU, m) {

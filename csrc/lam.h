@@ -14,6 +14,15 @@ struct View {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
+// A mask that is never stored: M = rows columns^T + offset. Absent: rank 0. Of gradients: contiguous, data null where
+// not wanted.
+struct Factors {
+  int64_t rank = 0;
+  View rows;     // [B,H,Lq,rank], unit last stride, broadcast axes 0
+  View columns;  // [B,H,Lk,rank], the same
+  View offset;   // [B,H,1,Lk], any stride; data null when there is none
+};
+
 enum class PatternKind : int32_t { block_diagonal = 0, toeplitz = 1, dilated_toeplitz = 2, causal = 3, segments = 4 };
 
 constexpr int kMaxPatternTerms = 4;
@@ -50,6 +59,7 @@ struct MaskedAttentionParams {
 
   View query, key, value;      // [B,H,Lq,D] [B,Hkv,Lk,D] [B,Hkv,Lk,Dv], one dtype, unit last stride
   View multiplier, bias;       // any float dtype, any stride, broadcast axes 0
+  Factors multiplier_factors, bias_factors;  // instead of the mask of that name; never with gate
   View attn_mask;              // uint8 (bool), nonzero = visible; dtype unused
   View key_mask;               // uint8 [B,Lk] as strides {b, 0, 0, l}; dtype unused
   int64_t n_patterns;          // 0 (everything), 1 (all heads) or H
@@ -63,6 +73,7 @@ struct MaskedAttentionParams {
   View grad_out, grad_lse;                     // grad_out: unit last stride
   View grad_query, grad_key, grad_value;       // contiguous, dtype of query
   View grad_multiplier, grad_bias;             // contiguous, shape and dtype of the operand; broadcast axes 0
+  Factors grad_multiplier_factors, grad_bias_factors;
 
   int64_t num_threads;
   ParallelFor parallel_for;

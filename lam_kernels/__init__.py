@@ -1,6 +1,7 @@
 """lam_kernels: attention with learned masks, fused forward and backward."""
 
 from ._version import __version__
+from .low_rank_mask import LowRankMask
 from .ops import backends, explain, lam_attention, masked_attention
 from .patterns import BlockDiagonal, Causal, DilatedToeplitz, Segments, Toeplitz
 
@@ -8,6 +9,7 @@ __all__ = [
     "BlockDiagonal",
     "Causal",
     "DilatedToeplitz",
+    "LowRankMask",
     "Segments",
     "Toeplitz",
     "__version__",

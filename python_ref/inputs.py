@@ -8,10 +8,11 @@ draws the tensors from its seed.
     Problem(Lq=65, multiplier="b1qk", pattern="Toeplitz(5) & Causal()", dtype="bfloat16", seed=7)
 
 Axes of a mask are four letters, one an axis: `b h q k` where it is full and `1` where it
-broadcasts; "qk" is the two-dimensional form. A pattern is text as well: terms joined by &, a tuple
-of H such texts (or None) for one a head; `Segments(n)` stands for n sorted segments drawn from the
-seed (`Segments(n, shuffled=True)`: ids in any order, `shared=True`: one row of ids for the whole
-batch).
+broadcasts; "qk" is the two-dimensional form; "rank 8: b1 11 1h" is a LowRankMask with the axes B
+and H of its rows, columns and, if there is a third word, offset. A pattern is text as well: terms
+joined by &, a tuple of H such texts (or None) for one a head; `Segments(n)` stands for n sorted
+segments drawn from the seed (`Segments(n, shuffled=True)`: ids in any order, `shared=True`: one row
+of ids for the whole batch).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lam_kernels import patterns
+from lam_kernels.low_rank_mask import LowRankMask
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "last_strided")  # see lay_out
 FILLS = ("neg_inf", "dead", "nan", "loud")
@@ -117,7 +119,8 @@ class Operands:
     neg_inf  3 of 10 bias entries are -inf (not with gate)
     dead     the first and the last row of attn_mask see nothing; sample 0 of key_mask (if B > 1)
              has no key
-    nan      multiplier and bias are NaN or inf wherever no pair that uses the entry is visible
+    nan      multiplier and bias are NaN or inf wherever no pair that uses the entry is visible (of
+             a LowRankMask, the offset)
     loud     keys and values that no row sees are 100 times larger
     """
 
@@ -125,8 +128,8 @@ class Operands:
     query: Tensor  # [B,H,Lq,D]
     key: Tensor  # [B,Hkv,Lk,D]
     value: Tensor  # [B,Hkv,Lk,Dv]
-    multiplier: Tensor | None
-    bias: Tensor | None
+    multiplier: Tensor | LowRankMask | None
+    bias: Tensor | LowRankMask | None
     attn_mask: Tensor | None
     key_mask: Tensor | None  # [B,Lk]
     pattern: object
@@ -151,7 +154,8 @@ class Operands:
         if booleans or p.fill_words:
             seen = visible = _seen(p, pattern, masks["attn_mask"], masks["key_mask"])
         if p.bias and seen is not None:
-            visible = seen & ((masks["bias"] > 0) if p.gate else (masks["bias"] != float("-inf")))
+            bias = dense_mask(masks["bias"])
+            visible = seen & ((bias > 0) if p.gate else (bias != float("-inf")))
         if "nan" in p.fill_words:
             # a gate's own gradient is finite at M = 0 and reads the multiplier there
             masks["multiplier"] = _poison(masks["multiplier"], seen if p.gate else visible)
@@ -166,11 +170,14 @@ class Operands:
         for name, mask in masks.items():
             if mask is not None and name != "key_mask":
                 if name != "attn_mask":
-                    mask = mask.to(getattr(torch, getattr(p, f"{name}_dtype") or p.dtype))
-                if p.mask_layout == "expanded":
-                    mask = mask.expand(p.B, p.H, p.Lq, p.Lk)
+                    mask_dtype = getattr(torch, getattr(p, f"{name}_dtype") or p.dtype)
+                    mask = each_factor(mask, lambda x, dtype=mask_dtype: x.to(dtype))
+                if p.mask_layout != "expanded":
+                    mask = each_factor(mask, lambda x: lay_out(x, p.mask_layout))
+                elif isinstance(mask, LowRankMask):
+                    mask = each_factor(mask, lambda x: x.expand(p.B, p.H, -1, -1))
                 else:
-                    mask = lay_out(mask, p.mask_layout)
+                    mask = mask.expand(p.B, p.H, p.Lq, p.Lk)
             given[name] = mask
         grad_out = lay_out(_normal(generator, p.B, p.H, p.Lq, p.Dv).to(dtype), p.grad_layout)
         grad_lse = None
@@ -189,23 +196,27 @@ class Operands:
 
     def _require(self) -> Operands:
         for letter, name in self.NAMES.items():
-            if (tensor := getattr(self, name)) is not None:
+            for tensor in named_factors(name, getattr(self, name)).values():
                 tensor.requires_grad_(letter in self.problem.grads)
         return self
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """The operands that require a gradient, by name."""
-        named = {name: getattr(self, name) for name in self.NAMES.values()}
-        return {n: t for n, t in named.items() if t is not None and t.requires_grad}
+        """The operands that require a gradient, by name; a LowRankMask's factors as name.factor."""
+        named: dict[str, Tensor] = {}
+        for name in self.NAMES.values():
+            named |= named_factors(name, getattr(self, name))
+        return {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
     def to(self, dtype: torch.dtype) -> Operands:
         """A copy whose float tensors hold exactly the same values in a wider dtype."""
         changed = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor) and value.is_floating_point():
-                changed[field.name] = value.detach().to(dtype, copy=True)
+            if isinstance(value, LowRankMask) or (
+                isinstance(value, Tensor) and value.is_floating_point()
+            ):
+                changed[field.name] = each_factor(value, lambda x: x.detach().to(dtype, copy=True))
         return dataclasses.replace(self, **changed)._require()
 
     def masks(self) -> dict[str, object]:
@@ -231,6 +242,33 @@ def mask_shape(p: Problem, axes: str) -> tuple[int, ...]:
     if len(axes) != 4 or any(a not in ("1", f) for a, f in zip(axes, "bhqk", strict=True)):
         raise ValueError(f"axes {axes!r}: expected qk, or bhqk with a 1 where an axis broadcasts")
     return tuple(full.get(a, 1) for a in axes)
+
+
+def factor_axes(text: str | None) -> tuple[int, list[str]] | None:
+    """(rank, the axes of rows, columns and maybe offset) of "rank r: ...", None for other texts."""
+    if text is None or not text.startswith("rank"):
+        return None
+    rank, _, axes = text.removeprefix("rank").partition(":")
+    return int(rank), axes.split()
+
+
+def each_factor(mask: Tensor | LowRankMask, change) -> Tensor | LowRankMask:
+    """A dense mask changed, or a LowRankMask with each factor changed."""
+    if isinstance(mask, LowRankMask):
+        return LowRankMask(*map(change, mask.factors()))
+    return change(mask)
+
+
+def named_factors(name: str, mask: Tensor | LowRankMask | None) -> dict[str, Tensor]:
+    """{name: tensor}, or {name.rows: ..., name.columns: ...} of a LowRankMask."""
+    if isinstance(mask, LowRankMask):
+        factors = zip(("rows", "columns", "offset"), mask.factors(), strict=False)
+        return {f"{name}.{factor}": tensor for factor, tensor in factors}
+    return {} if mask is None else {name: mask}
+
+
+def dense_mask(mask: Tensor | LowRankMask | None) -> Tensor | None:
+    return mask.dense() if isinstance(mask, LowRankMask) else mask
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
@@ -293,9 +331,13 @@ def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
 
 def _draw_masks(p: Problem, generator: torch.Generator) -> dict[str, Tensor | None]:
     drawn = dict.fromkeys(("multiplier", "bias", "attn_mask", "key_mask"))
-    if p.multiplier:
+    if factor_axes(p.multiplier):
+        drawn["multiplier"] = _draw_factors(p, p.multiplier, 1.0, generator)
+    elif p.multiplier:
         drawn["multiplier"] = 1 + 0.5 * _normal(generator, *mask_shape(p, p.multiplier))
-    if p.bias:
+    if factor_axes(p.bias):
+        drawn["bias"] = _draw_factors(p, p.bias, 0.0, generator)
+    elif p.bias:
         bias = _normal(generator, *mask_shape(p, p.bias))
         low = _uniform(generator, *bias.shape)
         if p.gate:
@@ -313,6 +355,20 @@ def _draw_masks(p: Problem, generator: torch.Generator) -> dict[str, Tensor | No
         if "dead" in p.fill_words and p.B > 1:
             drawn["key_mask"][0] = False
     return drawn
+
+
+def _draw_factors(p: Problem, text: str, mean: float, generator: torch.Generator) -> LowRankMask:
+    """M of about the same size whatever the rank; an offset around `mean`."""
+    rank, axes = factor_axes(text)
+    lead = [(p.B if b != "1" else 1, p.H if h != "1" else 1) for b, h in axes]
+    rows = 0.7 * rank**-0.5 * _normal(generator, *lead[0], p.Lq, rank)
+    columns = _normal(generator, *lead[1], p.Lk, rank)
+    if len(axes) < 3:
+        return LowRankMask(rows, columns)
+    offset = mean + 0.5 * _normal(generator, *lead[2], 1, p.Lk)
+    if "neg_inf" in p.fill_words and mean == 0.0:
+        offset = offset.masked_fill(_uniform(generator, *offset.shape) < 0.3, float("-inf"))
+    return LowRankMask(rows, columns, offset)
 
 
 def _seen(p: Problem, pattern, attn_mask: Tensor | None, key_mask: Tensor | None) -> Tensor:
@@ -334,6 +390,9 @@ def _poison(mask: Tensor | None, used: Tensor) -> Tensor | None:
     """NaN and both infinities, in turn, wherever no visible pair reads the entry."""
     if mask is None:
         return None
+    if isinstance(mask, LowRankMask):
+        offset = _poison(mask.offset, used)
+        return LowRankMask(mask.rows, mask.columns, offset)
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     summed = [axis for axis in range(4) if shape[axis] == 1]
     read = used.sum(dim=summed, keepdim=True) if summed else used

@@ -2,7 +2,7 @@
 
 Shapes: query [B,H,Lq,D], key [B,Hkv,Lk,D], value [B,Hkv,Lk,Dv]; query head h reads key/value head
 h * Hkv // H. Multiplier M, bias A and attn_mask have each axis of [B,H,Lq,Lk] full or 1. Row i is
-a query, column j a key.
+a query, column j a key. M or A may be given by factors: python_ref/low_rank.py.
 
 Forward
     S  = scale * Q K^T
@@ -43,8 +43,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lam_kernels.low_rank_mask import LowRankMask
 from lam_kernels.patterns import Pattern, encode
 
+from .low_rank import factor_gradients, product
 from .patterns import visible as pattern_visible
 from .philox import kept_pairs
 from .softmax import dtype_of_sums, no_autocast, sum_to
@@ -72,8 +74,8 @@ def masked_attention(
     key: Tensor,  # [B, Hkv, Lk, D]
     value: Tensor,  # [B, Hkv, Lk, Dv]
     *,
-    multiplier: Tensor | None = None,  # [B|1, H|1, Lq|1, Lk|1] or [Lq|1, Lk|1]
-    bias: Tensor | None = None,  # the same
+    multiplier: Tensor | LowRankMask | None = None,  # [B|1, H|1, Lq|1, Lk|1] or [Lq|1, Lk|1]
+    bias: Tensor | LowRankMask | None = None,  # the same
     pattern: Pattern | Sequence[Pattern | None] | None = None,
     attn_mask: Tensor | None = None,  # bool, the same; True = visible
     key_mask: Tensor | None = None,  # bool [B, Lk]
@@ -97,7 +99,14 @@ def masked_attention(
         )
     flat, segment_ids = encode(pattern, query.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    total = dtype_of_sums(query.dtype, upcast)
     with no_autocast(query):
+        multiplier, bias = (
+            product(mask.rows, mask.columns, mask.offset, total)
+            if isinstance(mask, LowRankMask)
+            else mask
+            for mask in (multiplier, bias)
+        )
         out, lse = _forward(
             query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
             flat, scale, dropout_p, gate, upcast,
@@ -106,11 +115,14 @@ def masked_attention(
 
 
 def masked_attention_fwd(
-    query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
-    pattern, scale, dropout_p, gate,
+    query, key, value, multiplier, bias, multiplier_columns, multiplier_offset, bias_columns,
+    bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op's forward with the op's own arguments (an encoded pattern, 4-D masks)."""
+    total = dtype_of_sums(query.dtype, True)
     with no_autocast(query):
+        multiplier = _mask(multiplier, multiplier_columns, multiplier_offset, total)
+        bias = _mask(bias, bias_columns, bias_offset, total)
         return _forward(
             query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
             pattern, scale, dropout_p, gate, True,
@@ -118,11 +130,16 @@ def masked_attention_fwd(
 
 
 def masked_attention_bwd(
-    grad_out, grad_lse, query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids,
+    grad_out, grad_lse, query, key, value, multiplier, bias, multiplier_columns,
+    multiplier_offset, bias_columns, bias_offset, attn_mask, key_mask, segment_ids,
     rng_state, out, lse, pattern, scale, dropout_p, gate, needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The backward formulas, written out; a gradient that `needs` does not ask for is empty."""
+    multiplier_factors = (multiplier, multiplier_columns, multiplier_offset)
+    bias_factors = (bias, bias_columns, bias_offset)
     with no_autocast(query):
+        total = dtype_of_sums(query.dtype, True)
+        multiplier, bias = _mask(*multiplier_factors, total), _mask(*bias_factors, total)
         s = _scores(
             query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids,
             pattern, scale, gate, True,
@@ -148,25 +165,43 @@ def masked_attention_bwd(
         grad_fused = torch.where(s.visible, probability * (grad_probability - shift), 0.0)
         grad_scores = grad_fused if s.multiplier is None else grad_fused * s.multiplier
 
-        grads = []
-        for wanted, operand in zip(needs, (query, key, value, multiplier, bias), strict=True):
-            grads.append(query.new_empty(0, dtype=(query if operand is None else operand).dtype))
-            if not wanted:
+        grads = {}
+        if needs[0]:
+            grads[0] = sum_to(scale * (grad_scores @ s.key), query)
+        if needs[1]:
+            grads[1] = sum_to(scale * (grad_scores.transpose(-1, -2) @ s.query), key)
+        if needs[2]:
+            grads[2] = sum_to(dropped.transpose(-1, -2) @ grad_out, value)
+        for factors, at in ((multiplier_factors, (3, 5, 6)), (bias_factors, (4, 7, 8))):
+            if not any(needs[n] for n in at):
                 continue
-            if operand is query:
-                grad = scale * (grad_scores @ s.key)
-            elif operand is key:
-                grad = scale * (grad_scores.transpose(-1, -2) @ s.query)
-            elif operand is value:
-                grad = dropped.transpose(-1, -2) @ grad_out
-            elif operand is multiplier:
+            if factors is multiplier_factors:
                 grad = torch.where(s.visible, grad_fused * s.scores, 0.0)
             elif gate:
                 grad = torch.where(counted, unweighted * (grad_probability - shift), 0.0)
             else:
                 grad = grad_fused
-            grads[-1] = sum_to(grad, operand)
-        return tuple(grads)
+            if factors[1] is None:
+                grads[at[0]] = sum_to(grad, factors[0])
+                continue
+            for n, g, factor in zip(at, factor_gradients(grad, *factors), factors, strict=True):
+                if factor is not None:
+                    grads[n] = sum_to(g, factor)
+        operands = (
+            query, key, value, multiplier_factors[0], bias_factors[0], *multiplier_factors[1:],
+            *bias_factors[1:],
+        )  # fmt: skip
+        return tuple(
+            grads[n]
+            if wanted
+            else query.new_empty(0, dtype=(query if operand is None else operand).dtype)
+            for n, (wanted, operand) in enumerate(zip(needs, operands, strict=True))
+        )
+
+
+def _mask(mask, columns, offset, dtype: torch.dtype) -> Tensor | None:
+    """A mask operand of the op as one matrix."""
+    return mask if columns is None else product(mask, columns, offset, dtype)
 
 
 def _scores(

@@ -17,6 +17,7 @@ class Backend:
     expected: bool  # every machine has it: a run in which all its tests were skipped has failed
     random_problems: int  # in an ordinary run
     double_backward: bool = False
+    low_rank: bool = True  # takes a LowRankMask
 
 
 BACKENDS = (

@@ -25,7 +25,8 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor
 
-from python_ref.inputs import Problem
+from lam_kernels import LowRankMask
+from python_ref.inputs import Problem, dense_mask
 from python_ref.philox import kept_pairs
 
 
@@ -79,13 +80,17 @@ def summands(problem: Problem) -> dict[str, Summands]:
 
         # nothing hidden is read; a gate of 0 hides from the softmax but not from its own gradient
         used = o.seen if p.gate else o.visible
-        M = torch.where(used, 1.0 if o.multiplier is None else o.multiplier, 0.0)
-        bias = torch.where(used, float(p.gate) if o.bias is None else o.bias, 0.0)
+        M = torch.where(used, 1.0 if o.multiplier is None else dense_mask(o.multiplier), 0.0)
+        bias = torch.where(used, float(p.gate) if o.bias is None else dense_mask(o.bias), 0.0)
+        M_error, bias_error = (
+            torch.where(o.visible, product_error(mask), 0.0) for mask in (o.multiplier, o.bias)
+        )
         S = scale * query @ key.mT
         S_abs = abs(scale) * query.abs() @ key.abs().mT
         bias = bias.log() if p.gate else bias
         Z = torch.where(o.visible, S * M + bias, -math.inf)
         Z_error = S_abs * M.abs() + (S * M).abs() + torch.where(o.visible, bias, 0.0).abs()
+        Z_error = Z_error + S.abs() * M_error + bias_error
         lse = Z.logsumexp(-1, keepdim=True)
         shown = lse.masked_fill(lse.isinf(), 0.0)
         P = (Z - shown).exp()
@@ -125,6 +130,7 @@ def summands(problem: Problem) -> dict[str, Summands]:
 
         dZ = slopes(P, E_error)
         dS = dZ.times(M)
+        dS.own = dS.own + dZ.value.abs() * M_error
 
         def by_key_head(x: Tensor) -> Tensor:
             return x.view(p.B, p.Hkv, groups, *x.shape[2:])
@@ -175,12 +181,64 @@ def summands(problem: Problem) -> dict[str, Summands]:
         if o.multiplier is not None:
             dM = dZ.times(S)
             dM.own = dM.own + dZ.value.abs() * S_abs
-            found["multiplier"] = dM.summed_to(o.multiplier.shape)
+            found |= mask_summands("multiplier", o.multiplier, dM)
         if o.bias is not None:
             if p.gate:  # its own gradient has no factor M, and is finite where M is 0
                 weight = torch.where(o.seen & (lse > -math.inf), (S * M - shown).exp(), 0.0)
                 dZ = slopes(weight, weight * (1 + Z_error))
-            found["bias"] = dZ.summed_to(o.bias.shape)
+            found |= mask_summands("bias", o.bias, dZ)
+    return found
+
+
+def product_error(mask: Tensor | LowRankMask | None) -> Tensor:
+    """Summands of each element of a low-rank mask; 0 for one that is given."""
+    if not isinstance(mask, LowRankMask):
+        return torch.zeros((), dtype=torch.float64)
+    sizes = mask.rows.abs() @ mask.columns.abs().mT
+    return sizes if mask.offset is None else sizes + mask.offset.abs()
+
+
+def mask_summands(name: str, mask: Tensor | LowRankMask, grad: Slopes) -> dict[str, Summands]:
+    """Of the gradient of a mask or, factor by factor, of a low-rank one: drows = G columns,
+    dcolumns = G^T rows, doffset = sum_i G_ij."""
+    if not isinstance(mask, LowRankMask):
+        return {name: grad.summed_to(mask.shape)}
+    rows, columns = mask.rows, mask.columns
+
+    def over_shared(x: Tensor, factor: Tensor, root: bool = False) -> Tensor:
+        axes = [axis for axis in (0, 1) if factor.shape[axis] == 1]
+        if not axes:
+            return x
+        return x.square().sum(axes, keepdim=True).sqrt() if root else x.sum(axes, keepdim=True)
+
+    moved = grad.delta_stored * grad.weight  # by one error a row: that of delta
+    error = (
+        _root(grad.own, columns)
+        + grad.row_error * (grad.value @ columns).abs()
+        + grad.delta_error * (grad.weight @ columns).abs()
+    )
+    along = _unit(over_shared(grad.value @ columns, rows))
+    stored = grad.delta_stored * (grad.weight @ columns)
+    found = {
+        f"{name}.rows": Summands(
+            over_shared(error, rows, root=True)
+            + over_shared(grad.value.abs() @ columns.abs(), rows),
+            over_shared(stored, rows, root=True),
+            over_shared((stored * along).sum(-1, keepdim=True), rows, root=True)[..., 0],
+        )
+    }
+    error = _root(grad.each_error().mT, rows)
+    along = _unit(over_shared(grad.value.mT @ rows, columns))
+    found[f"{name}.columns"] = Summands(
+        over_shared(error, columns, root=True)
+        + over_shared(grad.value.abs().mT @ rows.abs(), columns),
+        over_shared(_root(moved.mT, rows), columns, root=True),
+        over_shared((moved.mT * (along @ rows.mT)).norm(dim=-1, keepdim=True), columns, root=True)[
+            ..., 0
+        ],
+    )
+    if mask.offset is not None:
+        found[f"{name}.offset"] = grad.summed_to(mask.offset.shape)
     return found
 
 

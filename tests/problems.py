@@ -115,6 +115,19 @@ def random_problem(seed: int, dtype: str | None = None) -> Problem:
     return Problem(**given)
 
 
+def random_low_rank_problem(seed: int, dtype: str | None = None) -> Problem:
+    """Random problem `seed`, one or both of its masks replaced by a LowRankMask."""
+    draw = random.Random(f"low rank {seed}")
+    given: dict[str, object] = {"gate": False}
+    for name in draw.choice((("multiplier",), ("bias",), ("multiplier", "bias"))):
+        axes = [draw.choice(("11", "b1", "1h", "bh")) for _ in range(draw.choice((2, 3)))]
+        given[name] = f"rank {draw.choice((1, 2, 3, 5, 8, 16, 17, 40, 64, 130))}: {' '.join(axes)}"
+    problem = random_problem(seed, dtype)
+    if problem.gate and "bias" not in given:
+        given["bias"] = None
+    return problem.but(**given)
+
+
 def _random_pattern(draw: random.Random) -> str:
     def term() -> str:
         end = draw.choice(("", "", ", alignment='end'", ", alignment='start'"))

@@ -104,8 +104,8 @@ struct RegionMasks {
         tile_cols(s.tile_cols),
         visibility(params, arena.take<uint64_t>(has_visibility ? s.region_rows * Visibility::words_per_row(s.region_cols) : 0),
                    arena.take<uint64_t>(Visibility::words_per_row(s.region_cols))),
-        multiplier(params.multiplier, arena.take<T>(params.multiplier.data != nullptr ? s.region_rows * s.region_cols : 0), s.region_cols),
-        bias(params.bias, arena.take<T>(params.bias.data != nullptr ? s.region_rows * s.region_cols : 0), s.region_cols),
+        multiplier(params.multiplier, params.multiplier_factors, params.H, s.region_rows, s.region_cols, arena),
+        bias(params.bias, params.bias_factors, params.H, s.region_rows, s.region_cols, arena),
         keep(arena.take<uint64_t>(params.dropout_p > 0 ? s.tile_rows * Visibility::words_per_row(s.tile_cols) : 0)) {}
 
   void enter(const Region& r) {
@@ -183,6 +183,9 @@ class Forward {
     const View* const masks[] = {&p.multiplier, &p.bias};
     for (const View* v : masks)
       if (v->data != nullptr && v->stride[1] == 0 && v->stride[2] != 0 && v->stride[3] != 0) return true;
+    const Factors* const factors[] = {&p.multiplier_factors, &p.bias_factors};
+    for (const Factors* f : factors)
+      if (f->rank > 0 && Slices(p.H, *f).per_head == 0) return true;
     return false;
   }
 

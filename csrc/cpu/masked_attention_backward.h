@@ -80,20 +80,28 @@ class Backward {
       for (int64_t h = 0; h < p.n_patterns; ++h) stepped = stepped || key_step(p.patterns[h]) > 1;
       one_region = plan.groups == 1 && !stepped && size.region_rows >= p.Lq && size.region_cols >= p.Lk;
       stored = one_region && !Visibility::needed(p);
-      multiplier = target(p.grad_multiplier, stepped);
-      bias = target(p.grad_bias, stepped);
-      want_scores = p.grad_query.data || p.grad_key.data || p.grad_multiplier.data || p.grad_bias.data;
+      multiplier = target(p.grad_multiplier, p.multiplier_factors, p.grad_multiplier_factors, stepped);
+      bias = target(p.grad_bias, p.bias_factors, p.grad_bias_factors, stepped);
+      want_scores = p.grad_query.data || p.grad_key.data || multiplier.wanted() || bias.wanted();
     }
 
-    GradTarget<T> target(const View& g, bool stepped) const {
+    GradTarget<T> target(const View& g, const Factors& factors, const Factors& grads, bool stepped) const {
       GradTarget<T> t;
+      t.covered = !Visibility::needed(p);
+      if (any_wanted(grads)) {
+        const int64_t rank = factors.rank, ld = round_up(rank, V::W);
+        const auto copies = [&](const View& v) { return v.stride[0] != 0 && plan.whole_samples ? 1 : plan.replicas; };
+        t.factors = {&factors, Slices(p.H, factors, grads),
+                     {p, grads.rows, p.Lq, rank, ld, copies(grads.rows)},
+                     {p, grads.columns, p.Lk, rank, ld, copies(grads.columns)},
+                     {p, grads.offset, 1, p.Lk, p.Lk, copies(grads.offset)}};
+      }
       t.grad = g;
       if (g.data == nullptr) return t;
       const bool over_rows = g.stride[2] == 0 && p.Lq > 1, over_cols = g.stride[3] == 0 && p.Lk > 1;
       const bool over_batch = g.stride[0] == 0 && p.B > 1, over_heads = g.stride[1] == 0 && p.H > 1;
       t.numel = count_elements(p, g);
       t.replicas = over_rows && over_cols && plan.groups > 1 ? plan.groups : plan.replicas;
-      t.covered = !Visibility::needed(p);
       const bool one_run = over_batch == over_heads || p.H == 1 || p.B == 1 ||
                            (over_batch ? plan.head_major && p.H == p.Hkv : !plan.head_major || p.Hkv == 1);
       t.store_once = one_run && !stepped && !over_rows && !over_cols && t.replicas == 1;
@@ -119,11 +127,15 @@ class Backward {
     int64_t key_bytes() const { return head_sums(p.grad_key, p.B * p.Hkv, p.Lk, p.D); }
     int64_t value_bytes() const { return head_sums(p.grad_value, p.B * p.Hkv, p.Lk, p.Dv); }
     int64_t sums_bytes() const {
-      return mask_sums(multiplier) + mask_sums(bias) + query_bytes() + key_bytes() + value_bytes();
+      return mask_sums(multiplier) + mask_sums(bias) + multiplier.factors.bytes() + bias.factors.bytes() +
+             query_bytes() + key_bytes() + value_bytes();
     }
     void place_sums(char* at) {
       GradTarget<T>* const targets[] = {&multiplier, &bias};
       for (GradTarget<T>* t : targets) {
+        const int64_t factor_bytes = t->factors.bytes();
+        t->factors.place(at);
+        at += factor_bytes;
         if (!needs_sums(*t)) continue;
         const int64_t bytes = mask_sums(*t);
         t->sum = reinterpret_cast<T*>(at);
@@ -143,6 +155,7 @@ class Backward {
     void clear_masks() const {
       const GradTarget<T>* const targets[] = {&multiplier, &bias};
       for (const GradTarget<T>* t : targets) {
+        t->factors.clear();
         if (t->grad.data == nullptr || (t->store_once && t->covered)) continue;
         if (t->sum != nullptr) clear(reinterpret_cast<char*>(t->sum), t->numel * t->replicas * static_cast<int64_t>(sizeof(T)));
         else clear(static_cast<char*>(t->grad.data), t->numel * size_of(t->grad.dtype));
@@ -151,6 +164,7 @@ class Backward {
     void finish_masks() const {
       const GradTarget<T>* const targets[] = {&multiplier, &bias};
       for (const GradTarget<T>* t : targets) {
+        t->factors.finish();
         if (t->grad.data == nullptr || t->sum == nullptr || t->sum == t->grad.data) continue;
         constexpr int64_t kChunk = 4096;
         run_tasks(p, ceil_div(t->numel, kChunk), [&](int64_t, int64_t task) {
@@ -206,8 +220,8 @@ class Backward {
         s_(shared),
         masks_(p, shared.size, arena),
         products_(p, shared.size, true, arena),
-        grad_multiplier_(shared.multiplier, plane(shared.multiplier, arena), shared.size.region_cols),
-        grad_bias_(shared.bias, plane(shared.bias, arena), shared.size.region_cols) {
+        grad_multiplier_(shared.multiplier, p, shared.size.region_rows, shared.size.region_cols, arena),
+        grad_bias_(shared.bias, p, shared.size.region_rows, shared.size.region_cols, arena) {
     out_row_ = arena.take<T>(s_.width);
     grad_out_row_ = arena.take<T>(s_.width);
     shift_ = arena.take<T>(s_.size.region_rows);
@@ -221,11 +235,6 @@ class Backward {
     }
   }
 
-  T* plane(const GradTarget<T>& t, Arena& arena) const {
-    const bool needed = t.grad.data != nullptr && (!t.in_rows || p_.n_patterns > 0);
-    return arena.take<T>(needed ? s_.size.region_rows * s_.size.region_cols : 0);
-  }
-
   void work(Pairs unit, Part rows, Part cols, int64_t replica) {
     walk_regions(p_, s_.size.region_rows, s_.size.region_cols, Products::kColMultiple, rows, cols,
                  [&](const Region& region, const Pass& pass, bool, bool) {
@@ -235,8 +244,8 @@ class Backward {
 
   void visit(const Region& region, const Pass& pass, Pairs unit, int64_t replica) {
     masks_.enter(region);
-    grad_multiplier_.enter(region, s_.multiplier.replicas > 1 ? replica : 0);
-    grad_bias_.enter(region, s_.bias.replicas > 1 ? replica : 0);
+    grad_multiplier_.enter(region, replica);
+    grad_bias_.enter(region, replica);
     const int64_t heads = p_.H / p_.Hkv;
     for (int64_t pair = unit.begin; pair < unit.end; ++pair) {
       const int64_t b = unit.b(p_, pair), hk = unit.key_head(p_, pair);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "low_rank.h"
 #include "rows.h"
 #include "softmax.h"
 #include "visibility.h"
@@ -11,12 +12,17 @@ namespace lam {
 namespace {
 
 // Reads a multiplier or bias: in place where it lies in rows of the kernel's number type, else through a staged copy
-// that the heads of the region share as far as the operand does.
+// that the heads of the region share as far as the operand does. A mask given by factors is built instead of copied.
 template <class V>
 class MaskReader {
  public:
   using T = typename V::T;
-  MaskReader(const View& view, T* buffer, int64_t buffer_ld) : view_(view), buffer_(buffer), buffer_ld_(buffer_ld) {}
+  MaskReader(const View& view, const Factors& factors, int64_t heads, int64_t max_rows, int64_t max_cols, Arena& arena)
+      : view_(view), factors_(factors), slices_(heads, factors), product_(factors, max_rows, max_cols, arena) {
+    // rows of a product lie no power of two apart, or its columns would meet in one set of the cache
+    buffer_ld_ = max_cols + (factors.rank > 0 ? V::W : 0);
+    buffer_ = arena.take<T>(any_mask(view, factors) ? max_rows * buffer_ld_ : 0);
+  }
 
   void enter(const Region& region) {
     region_ = region;
@@ -24,6 +30,12 @@ class MaskReader {
   }
 
   Plane<const T> select(int64_t b, int64_t h) {
+    if (factors_.rank > 0) {
+      const int64_t slice = slices_.of(b, h);
+      if (slice != slice_) product_.build(region_, b, h, buffer_, buffer_ld_);
+      slice_ = slice;
+      return {buffer_, buffer_ld_};
+    }
     if (view_.data == nullptr) return {};
     const int64_t* s = view_.stride;
     const int64_t slice = b * s[0] + h * s[1];
@@ -41,6 +53,9 @@ class MaskReader {
 
  private:
   const View& view_;
+  const Factors& factors_;
+  Slices slices_;
+  FactorProduct<V> product_;
   T* buffer_;
   int64_t buffer_ld_;
   Region region_{};
@@ -57,6 +72,8 @@ struct GradTarget {
   bool in_rows = false;      // rows of whole planes: tiles can add to `sum` directly
   bool store_once = false;   // every element is met in one run of heads: written once, nothing to add to
   bool covered = false;      // every element is met at all
+  FactorSums<T> factors;     // instead of all but `covered`, for a mask given by factors
+  bool wanted() const { return grad.data != nullptr || factors.wanted(); }
 };
 
 // Collects one mask's gradient over the heads of a region that share it.
@@ -64,23 +81,29 @@ template <class V>
 class MaskGradWriter {
  public:
   using T = typename V::T;
-  MaskGradWriter(const GradTarget<T>& target, T* buffer, int64_t buffer_ld)
-      : target_(target), buffer_(buffer), buffer_ld_(buffer_ld) {}
+  MaskGradWriter(const GradTarget<T>& target, const MaskedAttentionParams& p, int64_t max_rows, int64_t max_cols,
+                 Arena& arena)
+      : target_(target), fold_(target.factors, max_rows, max_cols, arena) {
+    buffer_ld_ = max_cols + (target.factors.wanted() ? V::W : 0);
+    const bool buffered = target.wanted() && (!target.in_rows || p.n_patterns > 0);
+    buffer_ = arena.take<T>(buffered ? max_rows * buffer_ld_ : 0);
+  }
 
   void enter(const Region& region, int64_t replica) {
     region_ = region;
-    sum_ = target_.sum == nullptr ? nullptr : target_.sum + replica * target_.numel;
+    replica_ = replica;
+    sum_ = target_.sum == nullptr ? nullptr : target_.sum + (target_.replicas > 1 ? replica : 0) * target_.numel;
     slice_ = -1;
   }
 
   // The plane for head (b, h); `first` tells whether its old contents count.
   Plane<T> select(int64_t b, int64_t h, bool& first) {
-    if (target_.grad.data == nullptr) return {};
+    if (!target_.wanted()) return {};
     const int64_t* s = target_.grad.stride;
-    const int64_t slice = b * s[0] + h * s[1];
+    const int64_t slice = target_.factors.wanted() ? target_.factors.slices.of(b, h) : b * s[0] + h * s[1];
     const bool fresh = slice != slice_;
     if (fresh) leave();
-    slice_ = slice;
+    slice_ = slice, b_ = b, h_ = h;
     if (target_.in_rows && region_.step == 1) {
       first = fresh && target_.store_once && target_.covered;
       return {sum_ + slice + region_.i0 * s[2] + region_.j0, s[2]};
@@ -96,7 +119,8 @@ class MaskGradWriter {
   void leave() {
     const int64_t slice = slice_;
     slice_ = -1;
-    if (slice < 0 || target_.grad.data == nullptr || (target_.in_rows && region_.step == 1)) return;
+    if (slice < 0 || !target_.wanted() || (target_.in_rows && region_.step == 1)) return;
+    if (target_.factors.wanted()) return fold_.fold(region_, b_, h_, replica_, buffer_, buffer_ld_);
     const int64_t* s = target_.grad.stride;
     for (int64_t r = 0; r < region_.rows; ++r) {
       const T* row = buffer_ + r * buffer_ld_;
@@ -123,11 +147,12 @@ class MaskGradWriter {
 
  private:
   const GradTarget<T>& target_;
+  FactorFold<V> fold_;
   T* buffer_;
   int64_t buffer_ld_;
   T* sum_ = nullptr;
   Region region_{};
-  int64_t slice_ = -1;
+  int64_t slice_ = -1, b_ = 0, h_ = 0, replica_ = 0;  // the heads that share the plane are those of M of (b, h)
 };
 
 }  // namespace

@@ -88,6 +88,7 @@ struct BackwardPlan {
   int64_t units = 1;
   int64_t groups = 1;  // row groups and column groups of a unit: in phase f, group g owns (rows g, columns g + f)
   int64_t replicas = 1;  // parts of a unit's pairs, each with a copy of the mask gradients, instead of groups
+  bool whole_samples = false;  // no two of those parts meet in a sample
 };
 
 // Elements of a gradient; 0 when it is not wanted.
@@ -99,15 +100,31 @@ inline int64_t count_elements(const MaskedAttentionParams& p, const View& g) {
   return n;
 }
 
+// The same of a factor's gradient, whose two last axes are always full.
+inline int64_t count_factor_elements(const MaskedAttentionParams& p, const View& g, int64_t length, int64_t width) {
+  if (g.data == nullptr) return 0;
+  return (g.stride[0] == 0 ? 1 : p.B) * (g.stride[1] == 0 ? 1 : p.H) * length * width;
+}
+
 inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned) {
   BackwardPlan plan;
   bool link_batch = false, link_heads = false;
-  const View* const grads[] = {&p.grad_multiplier, &p.grad_bias};
-  for (const View* g : grads) {
-    if (g->data == nullptr) continue;
-    const bool batch = p.B > 1 && g->stride[0] == 0, heads = p.H > 1 && g->stride[1] == 0;
-    link_batch = link_batch || batch;
-    link_heads = link_heads || heads;
+  const auto link = [&](const View& g) {
+    if (g.data == nullptr) return;
+    link_batch = link_batch || (p.B > 1 && g.stride[0] == 0);
+    link_heads = link_heads || (p.H > 1 && g.stride[1] == 0);
+  };
+  const int64_t dense = count_elements(p, p.grad_multiplier) + count_elements(p, p.grad_bias);
+  int64_t factored = 0;
+  link(p.grad_multiplier);
+  link(p.grad_bias);
+  const Factors* const factors[] = {&p.grad_multiplier_factors, &p.grad_bias_factors};
+  for (const Factors* f : factors) {
+    link(f->rows);
+    link(f->columns);
+    link(f->offset);
+    factored += count_factor_elements(p, f->rows, p.Lq, f->rank) + count_factor_elements(p, f->columns, p.Lk, f->rank) +
+                count_factor_elements(p, f->offset, 1, p.Lk);
   }
   const int64_t pairs = p.B * p.Hkv, threads = p.num_threads;
   plan.pairs_per_unit = link_batch && link_heads ? pairs : link_batch ? p.B : link_heads ? p.Hkv : 1;
@@ -118,9 +135,12 @@ inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned
   constexpr int64_t kRowsPerGroup = 96, kMaxCopiedElements = int64_t{1} << 24;
   const int64_t most_groups = min64(threads, min64(p.Lq, p.Lk) / kRowsPerGroup);
   const int64_t copies = min64(ceil_div(threads, plan.units), plan.pairs_per_unit);
-  const int64_t copied = copies * (count_elements(p, p.grad_multiplier) + count_elements(p, p.grad_bias));
-  if (copies > 1 && most_groups < threads && copied <= kMaxCopiedElements) {
+  const int64_t copied = copies * (dense + factored);
+  // samples that share no more than factors are best left whole: the copies are small
+  const bool whole_samples = dense == 0 && factored > 0 && plan.units == 1 && copies == threads && p.B % threads == 0;
+  if (copies > 1 && (most_groups < threads || whole_samples) && copied <= kMaxCopiedElements) {
     plan.replicas = copies;
+    plan.whole_samples = plan.units == 1 && !plan.head_major && p.B % copies == 0;
   } else if (most_groups > 1) {
     const bool uneven = patterned && min64(p.Lq, p.Lk) / (2 * most_groups) >= kRowsPerGroup;
     plan.groups = uneven ? 2 * most_groups : most_groups;

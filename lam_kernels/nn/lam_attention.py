@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import lam_kernels
+from lam_kernels.low_rank_mask import LowRankMask
 
 from .learnable_attention_mask import LearnableAttentionMask
 
@@ -25,9 +26,9 @@ class LAMSelfAttention(nn.Module):
     are computed and never read by another row (X must be finite there); a row that sees no key
     gives Y = b_out.
 
-    Shapes: x [B, L, embed_dim] -> [B, L, embed_dim]; mask [L, L] or 4-D, each axis full or 1;
-    key_mask bool [B, L], True = this key may be seen. dtypes and numerics: those of
-    lam_kernels.lam_attention.
+    Shapes: x [B, L, embed_dim] -> [B, L, embed_dim]; mask [L, L] or 4-D, each axis full or 1,
+    or a LowRankMask; key_mask bool [B, L], True = this key may be seen. dtypes and numerics: those
+    of lam_kernels.lam_attention.
 
     state_dict (stable): `qkv.weight` [3 * embed_dim, embed_dim] (rows: Q, K, V; head h owns D rows
     of each), `qkv.bias`, `out.weight`, `out.bias`, and with a generator `lam.layers.*`.
@@ -86,7 +87,7 @@ class LAMSelfAttention(nn.Module):
         self,
         x: Tensor,  # [B, L, embed_dim]
         *,
-        mask: Tensor | None = None,  # [L, L] or [1|B, 1|H, 1|L, 1|L]
+        mask: Tensor | LowRankMask | None = None,  # [L, L] or [1|B, 1|H, 1|L, 1|L]
         mask_input: Tensor | None = None,  # [B, L, embed_dim], default x
         key_mask: Tensor | None = None,  # bool [B, L]
     ) -> Tensor:  # [B, L, embed_dim]
@@ -110,7 +111,7 @@ class LAMSelfAttention(nn.Module):
     def attention_weights(
         self,
         x: Tensor,  # [B, L, embed_dim]
-        mask: Tensor | None = None,
+        mask: Tensor | LowRankMask | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:  # [B, H, L, L]
         """The softmax weights under `mask` (None: no mask, whatever `lam` says), for looking at.
@@ -122,7 +123,7 @@ class LAMSelfAttention(nn.Module):
         dtype = torch.promote_types(query.dtype, torch.float32)
         scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * self.head_dim**-0.5
         if mask is not None:
-            mask = mask.to(dtype)
+            mask = (mask.dense() if isinstance(mask, LowRankMask) else mask).to(dtype)
             if self.fusion == "mul":
                 scores = scores * mask
             else:
@@ -150,12 +151,13 @@ class LAMSelfAttention(nn.Module):
             visible = torch.stack(torch.broadcast_tensors(*shown), dim=1)
         return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
-    def _mask(self, x, mask, mask_input, key_mask) -> Tensor | None:
+    def _mask(self, x, mask, mask_input, key_mask) -> Tensor | LowRankMask | None:
         if mask is not None:
             if self.lam is not None:
                 raise ValueError("mask was given, but this module has its own generator `lam`")
             # a generator guarantees M >= 0; a mask from outside is read once, where reading is free
-            readable = self.fusion == "gate" and mask.device.type == "cpu" and _plain(mask)
+            readable = self.fusion == "gate" and isinstance(mask, Tensor)
+            readable = readable and mask.device.type == "cpu" and _plain(mask)
             if readable and self._negative_where_visible(mask.detach(), x.shape[1], key_mask):
                 raise ValueError("fusion='gate' needs a mask M >= 0, but mask has negative values")
             return mask

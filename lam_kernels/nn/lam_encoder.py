@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lam_kernels.low_rank_mask import LowRankMask
+
 from .lam_attention import LAMSelfAttention
 from .learnable_attention_mask import LearnableAttentionMask
 
@@ -85,8 +87,8 @@ class LAMEncoderLayer(nn.Module):
         self,
         x: Tensor,  # [B, L, embed_dim]
         *,
-        mask: Tensor | None = None,
-        key_mask: Tensor | None = None,  # bool [B, L]
+        mask: Tensor | LowRankMask | None = None,
+        key_mask: Tensor | LowRankMask | None = None,  # bool [B, L]
     ) -> Tensor:  # [B, L, embed_dim]
         if self.norm_first:
             normed = self.norm1(x)
@@ -203,8 +205,8 @@ class LAMEncoder(nn.Module):
         self,
         x: Tensor,  # [B, L, embed_dim]
         *,
-        mask: Tensor | None = None,
-        key_mask: Tensor | None = None,  # bool [B, L]
+        mask: Tensor | LowRankMask | None = None,
+        key_mask: Tensor | LowRankMask | None = None,  # bool [B, L]
     ) -> Tensor:  # [B, L, embed_dim]
         if mask is not None and self.scope is not None:
             raise ValueError(f"mask was given, but this encoder has a LAM of scope {self.scope!r}")

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lam_kernels.low_rank_mask import MAX_RANK, LowRankMask
+
 MAX_DEPTH = 64
+MASK_FORMS = ("auto", "dense", "low_rank")
 
 
 class _Activation(NamedTuple):
@@ -57,6 +60,18 @@ def _exact_preimage(activation: str | None, value: int, dtype: torch.dtype) -> f
     raise ValueError(f"activation={activation!r} does not give exactly {value} in {dtype}")
 
 
+class Cost(NamedTuple):
+    """Rates of a device, for the choice between the two forms of a mask."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    cache_bytes: int
+
+
+# `python -m bench run --set low-rank` measures where the two forms meet
+COST = {"cpu": Cost(flops_per_s=150e9, bytes_per_s=20e9, cache_bytes=8 * 2**20)}
+
+
 class LearnableAttentionMask(nn.Module):
     """Learned attention mask M = X(T) of a token sequence (arXiv 2406.02761, eq. 3 to 5).
 
@@ -69,7 +84,8 @@ class LearnableAttentionMask(nn.Module):
     sequences are padded on the right, and one longer than max_len is refused.
 
     Shapes: tokens [B, L, in_features] -> mask [B, 1, L, L], or [B, heads, L, L] (a view of
-    [B, L, heads, L], unit last stride). dtype: that of the weights, or autocast's.
+    [B, L, heads, L], unit last stride), or the LowRankMask of that shape (see mask_form). dtype:
+    that of the weights, or autocast's.
     A padded row of tokens gives a row of M that the attention of another row never reads.
 
     state_dict (stable): `layers.<0..depth-1>.weight` and `.bias`, in the layout of nn.Linear; head
@@ -95,7 +111,11 @@ class LearnableAttentionMask(nn.Module):
             makes M nearly independent of the input.
         activation: of the last layer: None (as in the formulas), "relu", "softplus", "sigmoid",
             "tanh".
-        mask_form: "dense" stores M. "auto" is "dense" in this version, "low_rank" comes later.
+        mask_form: "dense" stores M. "low_rank" never does: the last layer's input, weight and bias
+            go to the op as a LowRankMask, whose kernels build M tile by tile; needs
+            activation=None and a rank (hidden, or in_features at depth 1) of at most 256. "auto"
+            takes the cheaper of the two for each call, see `form`. Both have the same state_dict
+            and give the same result within rounding.
     """
 
     def __init__(
@@ -127,11 +147,18 @@ class LearnableAttentionMask(nn.Module):
             raise ValueError(f"init must be 'identity' or 'paper', got {init!r}")
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {activation!r}")
-        if mask_form not in ("auto", "dense", "low_rank"):
+        if mask_form not in MASK_FORMS:
             raise ValueError(f"mask_form must be 'auto', 'dense' or 'low_rank', got {mask_form!r}")
-        if mask_form == "low_rank":
-            raise NotImplementedError(
-                "mask_form='low_rank' is not part of this version yet: use 'dense' or 'auto'"
+        rank = hidden if depth > 1 else in_features
+        if mask_form == "low_rank" and activation is not None:
+            raise ValueError(
+                "mask_form='low_rank' needs activation=None, got "
+                f"{activation!r}: the product of factors is M itself"
+            )
+        if mask_form == "low_rank" and rank > MAX_RANK:
+            raise ValueError(
+                f"mask_form='low_rank' needs a rank of at most {MAX_RANK}: "
+                f"{'hidden' if depth > 1 else 'in_features'} is {rank}"
             )
         if fusion == "gate" and not _ACTIVATIONS[activation].non_negative:
             allowed = [name for name, spec in _ACTIVATIONS.items() if spec.non_negative]
@@ -146,7 +173,7 @@ class LearnableAttentionMask(nn.Module):
             hidden,
         )
         self.heads, self.fusion, self.init, self.activation = heads, fusion, init, activation
-        self.mask_form = mask_form
+        self.mask_form, self.rank = mask_form, rank
         widths = [in_features, *[hidden] * (depth - 1), heads * max_len]
         self.layers = nn.ModuleList(
             nn.Linear(a, b, device=device, dtype=dtype) for a, b in pairwise(widths)
@@ -167,7 +194,34 @@ class LearnableAttentionMask(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, L, in_features] -> [B, 1 or heads, L, L]
+    def form(self, tokens: Tensor) -> str:  # [B, L, in_features]
+        """ "dense" or "low_rank": what forward gives for these tokens.
+
+        With mask_form "auto" the form that costs less on the tokens' device, where M has
+        n = B * heads * L^2 elements of s bytes:
+
+            dense      4 n s bytes more: M and its gradient, each written and read at least once
+            low_rank   2 n rank FLOPs more: M is built once more, in the backward pass
+
+        low_rank when its FLOPs take less time than those bytes, at the rates in COST, and M and its
+        gradient do not fit in the cache anyway. Only where the op's kernels take a LowRankMask.
+        """
+        if self.mask_form != "auto":
+            return self.mask_form
+        cost = COST.get(tokens.device.type)
+        if cost is None or self.activation is not None or self.rank > MAX_RANK:
+            return "dense"
+        elements = tokens.shape[0] * self.heads * tokens.shape[1] ** 2
+        item = self.layers[-1].weight.element_size()
+        moved, flops = 4 * elements * item, 2 * elements * self.rank
+        stays_in_cache = 2 * elements * item <= cost.cache_bytes
+        slower = flops / cost.flops_per_s > moved / cost.bytes_per_s
+        return "dense" if stays_in_cache or slower else "low_rank"
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, L, in_features]
+    ) -> Tensor | LowRankMask:  # [B, 1 or heads, L, L]
         if tokens.dim() != 3 or tokens.shape[-1] != self.in_features:
             raise ValueError(
                 f"tokens must be [B, L, {self.in_features}], got shape {tuple(tokens.shape)}"
@@ -182,16 +236,19 @@ class LearnableAttentionMask(nn.Module):
         for layer in self.layers[:-1]:
             hidden = F.relu(layer(hidden))
         last = self.layers[-1]
-        weight, bias = last.weight, last.bias
-        if length < self.max_len:
-            weight = weight.unflatten(0, (self.heads, self.max_len))[:, :length].flatten(0, 1)
-            bias = bias.unflatten(0, (self.heads, self.max_len))[:, :length].flatten()
-        mask = _ACTIVATIONS[self.activation].apply(F.linear(hidden, weight, bias))
+        weight = last.weight.unflatten(0, (self.heads, self.max_len))[:, :length]
+        bias = last.bias.unflatten(0, (self.heads, self.max_len))[:, :length]
+        if self.form(tokens) == "low_rank":
+            return LowRankMask(hidden[:, None], weight[None], bias[None, :, None])
+        mask = F.linear(hidden, weight.flatten(0, 1), bias.flatten())
+        mask = _ACTIVATIONS[self.activation].apply(mask)
         return mask.view(batch, length, self.heads, length).transpose(1, 2)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, max_len={self.max_len}, depth={self.depth}"
         if self.depth > 1:
             text += f", hidden={self.hidden}"
+        if self.mask_form != "auto":
+            text += f", mask_form={self.mask_form!r}"
         text += f", heads={self.heads}, fusion={self.fusion!r}, init={self.init!r}"
         return text + (f", activation={self.activation!r}" if self.activation else "")

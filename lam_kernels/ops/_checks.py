@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..low_rank_mask import MAX_RANK, LowRankMask
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 256
 
@@ -128,9 +130,9 @@ def check_device(name: str, operand: Tensor, query: Tensor) -> None:
 def check_float_operand(
     name: str, operand: Tensor, shape: tuple[int, int, int, int], query: Tensor
 ) -> Tensor:
-    """A multiplier or bias, with 4 axes."""
+    """A dense multiplier or bias, with 4 axes."""
     if not isinstance(operand, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(operand).__name__}")
+        raise TypeError(f"{name} must be a Tensor or a LowRankMask, got {type(operand).__name__}")
     dtype = operand.dtype
     if dtype not in FLOAT_DTYPES:
         hint = "; a boolean mask is attn_mask (or key_mask)" if not dtype.is_floating_point else ""
@@ -140,6 +142,43 @@ def check_float_operand(
     if operand.device != query.device:
         check_device(name, operand, query)
     return check_pair_shape(name, operand, shape)
+
+
+def check_mask(
+    name: str, operand: Tensor | LowRankMask | None, shape: tuple[int, int, int, int], query: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A multiplier or bias as the op takes it: (M, None, None) or (rows, columns, offset)."""
+    if operand is None:
+        return None, None, None
+    if not isinstance(operand, LowRankMask):
+        return check_float_operand(name, operand, shape, query), None, None
+    B, H, Lq, Lk = shape
+    rank = operand.rank
+    if rank > MAX_RANK:
+        raise ValueError(
+            f"{name}: a LowRankMask may have a rank of 1 to {MAX_RANK}, got {rank}: "
+            "pass its .dense()"
+        )
+    for factor, tensor, axes in (
+        ("rows", operand.rows, (Lq, rank)),
+        ("columns", operand.columns, (Lk, rank)),
+        ("offset", operand.offset, (1, Lk)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype == torch.float64 and query.dtype != torch.float64:
+            raise TypeError(
+                f"{name}: LowRankMask.{factor} may be float64 only when query is, "
+                f"query is {query.dtype}"
+            )
+        check_device(f"{name}: LowRankMask.{factor}", tensor, query)
+        b, h, *rest = tensor.shape
+        if (b != 1 and b != B) or (h != 1 and h != H) or tuple(rest) != axes:
+            raise ValueError(
+                f"{name}: LowRankMask.{factor} has shape {tuple(tensor.shape)}, expected "
+                f"[{B} or 1, {H} or 1, {axes[0]}, {axes[1]}]"
+            )
+    return operand.rows, operand.columns, operand.offset
 
 
 def check_attn_mask(attn_mask: Tensor, shape: tuple[int, int, int, int], query: Tensor) -> Tensor:

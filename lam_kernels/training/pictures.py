@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lam_kernels.low_rank_mask import LowRankMask
 from lam_kernels.nn import LAMSelfAttention
 from lam_kernels.optional_package import optional_package
 
@@ -136,6 +137,8 @@ def attention_maps(
         mask = kwargs.get("mask")
         if mask is None and module.lam is not None:
             mask = module.lam(args[0] if tokens is None else tokens)
+        if isinstance(mask, LowRankMask):
+            mask = mask.dense()
         if mask is not None:
             masks.append(mask.float().cpu())
         shown = mask if masked else None

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lam_kernels
+from lam_kernels import LowRankMask
 from lam_kernels.nn import LAMSelfAttention, LearnableAttentionMask
 
 
@@ -37,6 +38,24 @@ def by_hand(module, x, mask, key_mask=None):
             fused = fused.masked_fill(~key_mask[:, None, :], -torch.inf)
         heads.append(torch.softmax(fused, dim=-1) @ value[..., part])
     return torch.cat(heads, dim=-1) @ module.out.weight.T + module.out.bias
+
+
+@pytest.mark.parametrize("fusion", ["mul", "add"])
+def test_a_mask_that_is_never_stored(backend, fusion):
+    """From inside and from outside; the weights for looking at are those of the dense mask."""
+    dense = wake(attention(backend, fusion=fusion))
+    low = attention(backend, fusion=fusion)
+    low.lam.mask_form = "low_rank"
+    low.load_state_dict(dense.state_dict())
+    x, key_mask = torch.randn(3, 7, 16), torch.arange(7)[None] < torch.tensor([[7], [4], [1]])
+    torch.testing.assert_close(low(x, key_mask=key_mask), dense(x, key_mask=key_mask))
+    mask = low.lam(x)
+    assert isinstance(mask, LowRankMask)
+    outside = LAMSelfAttention(16, 2, fusion=fusion, backend=backend)
+    outside.load_state_dict({n: t for n, t in dense.state_dict().items() if "lam" not in n})
+    torch.testing.assert_close(outside(x, mask=mask), dense(x))
+    weights = [module.attention_weights(x, module.lam(x), key_mask) for module in (low, dense)]
+    torch.testing.assert_close(*weights)
 
 
 @pytest.mark.parametrize("fusion", ["mul", "add", "gate"])

@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lam_kernels
+from lam_kernels import LowRankMask
 from lam_kernels.nn import LearnableAttentionMask
+from lam_kernels.nn.learnable_attention_mask import COST, Cost
 
 
 def test_formula_depth_3():
@@ -129,10 +132,72 @@ def test_bad_options_are_named(options, message):
         LearnableAttentionMask(4, 8, **options)
 
 
-def test_low_rank_is_refused_as_not_there_yet():
-    with pytest.raises(NotImplementedError, match=r"low_rank.*not part of this version"):
-        LearnableAttentionMask(4, 8, mask_form="low_rank")
-    assert LearnableAttentionMask(4, 8, mask_form="dense")(torch.randn(1, 3, 4)).shape[-1] == 3
+# ---- mask_form
+
+
+@pytest.mark.parametrize(("depth", "heads", "length"), [(1, 1, 9), (3, 1, 6), (2, 3, 9), (2, 3, 5)])
+@pytest.mark.parametrize("fusion", ["mul", "add"])
+def test_both_forms_are_one_mask(fusion, depth, heads, length):
+    """The same values, the same gradients, the same state_dict."""
+    torch.manual_seed(0)
+    options = {"depth": depth, "hidden": 4, "heads": heads, "fusion": fusion, "init": "paper"}
+    dense = LearnableAttentionMask(6, 9, **options, mask_form="dense").double()
+    low = LearnableAttentionMask(6, 9, **options, mask_form="low_rank").double()
+    low.load_state_dict(dense.state_dict())
+    x = torch.randn(2, length, 6, dtype=torch.float64)
+    query, key, value = torch.randn(3, 2, 3, length, 8, dtype=torch.float64)
+    results = []
+    for lam in (dense, low):
+        tokens = x.clone().requires_grad_()
+        mask = lam(tokens)
+        out = lam_kernels.lam_attention(query, key, value, mask, fusion=fusion)
+        wanted = [tokens, *lam.parameters()]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), wanted)])
+    assert isinstance(mask, LowRankMask)
+    assert mask.rank == (6 if depth == 1 else 4)
+    assert mask.dense().shape == (2, heads, length, length)
+    torch.testing.assert_close(mask.dense(), dense(x))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_low_rank_copies_nothing():
+    lam = LearnableAttentionMask(6, 9, heads=3, mask_form="low_rank")
+    x = torch.randn(2, 5, 6)
+    mask = lam(x)
+    last = lam.layers[-1]
+    for factor, source in ((mask.rows, x), (mask.columns, last.weight), (mask.offset, last.bias)):
+        assert factor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "words"),
+    [
+        ((4, 8), {"activation": "relu"}, "needs activation=None, got 'relu'"),
+        ((300, 8), {}, "rank of at most 256: in_features is 300"),
+        ((4, 8), {"depth": 2, "hidden": 257}, "rank of at most 256: hidden is 257"),
+    ],
+)
+def test_low_rank_that_cannot_be(sizes, options, words):
+    with pytest.raises(ValueError, match=words):
+        LearnableAttentionMask(*sizes, **options, mask_form="low_rank")
+    assert LearnableAttentionMask(*sizes, **options).form(torch.randn(1, 8, sizes[0])) == "dense"
+
+
+def test_auto_follows_its_cost_rule(monkeypatch):
+    """low_rank where bytes cost more than FLOPs, dense in cache, without a rank, elsewhere."""
+    cost = Cost(flops_per_s=100.0, bytes_per_s=10.0, cache_bytes=1000)
+    monkeypatch.setitem(COST, "cpu", cost)
+    # per element of M: 4 x 4 bytes take 1.6 s, 2 x rank FLOPs rank / 50 s
+    for rank, length, expected in ((79, 20, "low_rank"), (81, 20, "dense"), (1, 11, "dense")):
+        lam = LearnableAttentionMask(rank, 20, dtype=torch.float32)
+        tokens = torch.randn(1, length, rank, dtype=torch.float32)
+        assert lam.form(tokens) == expected, rank
+        assert isinstance(lam(tokens), LowRankMask) == (expected == "low_rank")
+    tokens = torch.randn(1, 20, 4)
+    assert LearnableAttentionMask(4, 20, init="paper", activation="tanh").form(tokens) == "dense"
+    assert LearnableAttentionMask(4, 20, mask_form="dense").form(tokens) == "dense"
+    assert LearnableAttentionMask(4, 20).form(tokens.to("meta")) == "dense"
 
 
 def test_depth_64_and_empty_sequences():

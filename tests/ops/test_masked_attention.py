@@ -187,7 +187,8 @@ def test_written_out_backward_of_the_reference(case, dtype):
     operands = [
         x if x is None else x.detach() for x in (o.query, o.key, o.value, o.multiplier, o.bias)
     ]
-    state = (four(o.attn_mask), o.key_mask, list(ids), rng_state(p))
+    no_factors = (None,) * 4
+    state = (*no_factors, four(o.attn_mask), o.key_mask, list(ids), rng_state(p))
     settings = (list(flat), scale, p.dropout_p, p.gate)
     ops = torch.ops.lam_kernels
     out, lse = ops.masked_attention_fwd(*operands, *state, *settings, "reference")
@@ -196,10 +197,11 @@ def test_written_out_backward_of_the_reference(case, dtype):
         for name, x in zip(o.NAMES.values(), operands, strict=True)
     ]
     gradients = ops.masked_attention_bwd(
-        o.grad_out, o.grad_lse, *operands, *state, out, lse, *settings, needs, "reference"
-    )
+        o.grad_out, o.grad_lse, *operands, *state, out, lse, *settings, [*needs, *[False] * 4],
+        "reference",
+    )  # fmt: skip
     result = {"out": out, "lse": lse}
-    for name, wanted, gradient in zip(o.NAMES.values(), needs, gradients, strict=True):
+    for name, wanted, gradient in zip(o.NAMES.values(), needs, gradients[:5], strict=True):
         if wanted:
             result[name] = gradient
         else:

@@ -30,6 +30,7 @@ page = sys.modules["lam_kernels.ops.masked_attention"]  # the package attribute 
 on_cpu = pytest.mark.backend("cpu")  # everything but the reference takes the same path
 on_reference = pytest.mark.backend("reference")
 B, H, HKV, LQ, LK, D, DV = 2, 4, 2, 5, 7, 3, 6
+NO_FACTORS = (None,) * 4  # columns and offset of a low-rank multiplier and of a low-rank bias
 
 
 @pytest.fixture(autouse=True)
@@ -118,14 +119,16 @@ def test_written_out_backward_equals_autograd(gate, dropout_p):
     flat, ids = encode(pattern, H)
     plain = [t.detach() for t in wanted]
     settings = (flat, D**-0.5, dropout_p, gate)
-    same_out, same_lse = masked_attention_fwd(*plain, *hidden.values(), ids, state, *settings)
+    rest = (*NO_FACTORS, *hidden.values(), ids, state)
+    same_out, same_lse = masked_attention_fwd(*plain, *rest, *settings)
     assert torch.equal(same_out, out)
     assert torch.equal(same_lse, lse)
     found = masked_attention_bwd(
-        grad_out, grad_lse, *plain, *hidden.values(), ids, state, out.detach(), lse.detach(),
-        *settings, [True] * 5,
+        grad_out, grad_lse, *plain, *rest, out.detach(), lse.detach(), *settings,
+        [True] * 5 + [False] * 4,
     )  # fmt: skip
-    for a, b in zip(found, expected, strict=True):
+    assert all(empty.numel() == 0 for empty in found[5:])
+    for a, b in zip(found[:5], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert (out[:, 0, 1] == 0).all()
     assert (lse[:, 0, 1] == -torch.inf).all()
@@ -203,12 +206,19 @@ def test_opcheck(backend):
     transposed = query.transpose(1, 2).contiguous().transpose(1, 2)
     forward = torch.ops.lam_kernels.masked_attention_fwd.default
     backward = torch.ops.lam_kernels.masked_attention_bwd.default
-    full = (query, key, value, multiplier, bias, *hidden)
-    bare = (transposed, key, value, None, None, *nothing)
+    full = (query, key, value, multiplier, bias, *NO_FACTORS, *hidden)
+    bare = (transposed, key, value, None, None, *NO_FACTORS, *nothing)
+    rows, columns, offset = (
+        torch.randn(shape) for shape in ((B, 1, LQ, 2), (1, 1, LK, 2), (1, H, 1, LK))
+    )
+    factored = (query, key, value, rows, rows, columns, None, columns, offset, *hidden)
+    no_more = [False] * 4
     for tensors, settings, needs in (
-        (full, (flat, 0.5, 0.2, False), [True] * 5),
-        (full, (flat, 0.5, 0.0, False), [True, False, False, True, False]),
-        (bare, ([], 0.5, 0.0, False), [False, True, True, False, False]),
+        (full, (flat, 0.5, 0.2, False), [True] * 5 + no_more),
+        (full, (flat, 0.5, 0.0, False), [True, False, False, True, False, *no_more]),
+        (bare, ([], 0.5, 0.0, False), [False, True, True, False, False, *no_more]),
+        (factored, (flat, 0.5, 0.2, False), [True] * 6 + [False, True, True]),
+        (factored, (flat, 0.5, 0.0, False), [False] * 5 + [True, False, False, True]),
     ):
         torch.library.opcheck(forward, (*tensors, *settings, backend))
         out, lse = forward(*tensors, *settings, backend)
@@ -528,7 +538,7 @@ def test_no_work_for_a_gradient_nobody_wants(calls, wanted):
     out, lse = attend(*tensors)
     loss(out, lse).backward()
     (arguments,) = calls["backward"]
-    assert list(arguments[-1]) == [at in wanted for at in range(5)]
+    assert list(arguments[-1]) == [at in wanted for at in range(9)]
     assert [t.grad is not None for t in tensors] == [at in wanted for at in range(5)]
 
 
@@ -809,7 +819,7 @@ REFUSED = {
     "mask object": (
         {"multiplier": object()},
         TypeError,
-        "multiplier must be a Tensor, got object",
+        "multiplier must be a Tensor or a LowRankMask, got object",
     ),
     "float attn_mask": (
         {"attn_mask": torch.ones(5, 7)},
@@ -886,7 +896,7 @@ def test_refusals_of_lam_attention():
     query, key, value, mask, _ = operands(requires_grad=False)
     with pytest.raises(ValueError, match='fusion must be "mul", "add" or "gate", got \'times\''):
         lam_attention(query, key, value, mask, fusion="times", enable_gqa=True)
-    with pytest.raises(TypeError, match="mask must be a Tensor, got NoneType"):
+    with pytest.raises(TypeError, match="mask must be a Tensor or a LowRankMask, got NoneType"):
         lam_attention(query, key, value, None, enable_gqa=True)
     for fusion in ("mul", "add", "gate"):
         with pytest.raises(ValueError, match="mask must have 4 axes"):

@@ -25,6 +25,10 @@ def operands(**changes) -> dict:
         "value": torch.randn(2, 2, 6, 3),
         "multiplier": None,
         "bias": None,
+        "multiplier_columns": None,
+        "multiplier_offset": None,
+        "bias_columns": None,
+        "bias_offset": None,
         "attn_mask": None,
         "key_mask": None,
         "segment_ids": [],
@@ -45,6 +49,7 @@ def backward(needs=(True,) * 3 + (False,) * 2, grads=(), **changes):
     given = operands(**changes)
     out, lse = torch.ops.lam_kernels.masked_attention_cpu_fwd(**given)
     given |= {"out": out, "lse": lse, "grad_out": torch.ones_like(out), "grad_lse": None}
+    needs = [*needs, *[False] * (9 - len(needs))] if len(needs) >= 5 else needs
     return torch.ops.lam_kernels.masked_attention_cpu_bwd(**{**given, **dict(grads)}, needs=needs)
 
 
@@ -52,6 +57,13 @@ def pattern_of(terms: int = 1, **term) -> list[int]:
     """A pattern of one spec, whose first term is given by field."""
     fields = {"kind": 3, "end": 0, "a": 0, "b": 0, **term}
     return [1, terms, *fields.values(), *[0] * 12]
+
+
+def factors(**changes) -> dict:
+    """A low-rank multiplier by its field names, rank 3."""
+    given = {"rows": torch.randn(2, 1, 5, 3), "columns": torch.randn(1, 4, 6, 3), **changes}
+    names = {"rows": "multiplier", "columns": "multiplier_columns", "offset": "multiplier_offset"}
+    return {names[name]: tensor for name, tensor in given.items()}
 
 
 REFUSED = {
@@ -69,6 +81,25 @@ REFUSED = {
     "mask with 2 axes": {"bias": torch.randn(5, 6)},
     "integer mask": {"bias": torch.ones(1, 1, 5, 6, dtype=torch.int64)},
     "float64 mask of float32": {"bias": torch.ones(1, 1, 5, 6, dtype=torch.float64)},
+    "columns without rows": factors(rows=None),
+    "an offset alone": factors(rows=None, columns=None, offset=torch.randn(1, 1, 1, 6)),
+    "an offset of a dense mask": factors(
+        rows=torch.randn(1, 1, 5, 6), columns=None, offset=torch.randn(1, 1, 1, 6)
+    ),
+    "two ranks": factors(columns=torch.randn(1, 1, 6, 4)),
+    "rank 0": factors(rows=torch.randn(1, 1, 5, 0), columns=torch.randn(1, 1, 6, 0)),
+    "rank 257": factors(rows=torch.randn(1, 1, 5, 257), columns=torch.randn(1, 1, 6, 257)),
+    "rows of one query": factors(rows=torch.randn(1, 1, 1, 3)),
+    "columns of one key": factors(columns=torch.randn(1, 1, 1, 3)),
+    "columns of another batch": factors(columns=torch.randn(3, 1, 6, 3)),
+    "3-D rows": factors(rows=torch.randn(1, 5, 3)),
+    "offset of one key": factors(offset=torch.randn(1, 1, 1, 1)),
+    "offset of every query": factors(offset=torch.randn(1, 1, 5, 6)),
+    "integer columns": factors(columns=torch.ones(1, 1, 6, 3, dtype=torch.int32)),
+    "float64 rows of float32": factors(rows=torch.randn(1, 1, 5, 3).double()),
+    "a gate of factors": {
+        "bias": torch.randn(1, 1, 5, 3), "bias_columns": torch.randn(1, 1, 6, 3), "gate": True
+    },
     "attn_mask not bool": {"attn_mask": torch.ones(1, 1, 5, 6)},
     "key_mask of another batch": {"key_mask": torch.ones(3, 6, dtype=torch.bool)},
     "key_mask not bool": {"key_mask": torch.ones(2, 6)},
@@ -119,14 +150,27 @@ def test_wrong_gradients_are_refused(case):
         backward(grads=WRONG_GRADIENTS[case].items())
 
 
-@pytest.mark.parametrize("needs", [(True,) * 4, (True,) * 5, (False, False, False, True, False)])
+@pytest.mark.parametrize(
+    "needs",
+    [
+        (True,) * 4,
+        (True,) * 5,
+        (False, False, False, True, False),
+        (*[True] * 3, *[False] * 5, True),
+    ],
+)
 def test_gradients_that_cannot_be_are_refused(needs):
     with pytest.raises(RuntimeError):
         backward(needs=needs)
 
 
+def test_gradient_of_an_offset_that_is_not_there_is_refused():
+    with pytest.raises(RuntimeError, match="not there"):
+        backward(needs=[False] * 6 + [True, False, False], **factors())
+
+
 def test_unwanted_gradients_are_empty():
-    for needs in ([False] * 5, [False, True, False, False, False]):
+    for needs in ([False] * 9, [False, True, *[False] * 7]):
         for wanted, grad in zip(needs, backward(needs=needs), strict=True):
             assert (grad.numel() > 0) == wanted
 
@@ -140,8 +184,10 @@ def test_nothing_to_attend(sizes):
         "query": torch.randn(B, H, Lq, 8),
         "key": torch.randn(B, H, Lk, 8),
         "value": torch.randn(B, H, Lk, 3),
-        "multiplier": torch.randn(1, 1, Lq, Lk),
+        "multiplier": torch.randn(1, 1, Lq, 3),
         "bias": torch.randn(1, 1, 1, Lk),
+        "multiplier_columns": torch.randn(1, H, Lk, 3),
+        "multiplier_offset": torch.randn(B, 1, 1, Lk),
         "pattern": [1, *EVERYTHING],
     }
     out, lse = forward(**given)
@@ -149,8 +195,10 @@ def test_nothing_to_attend(sizes):
     assert (out == 0).all()
     assert lse.shape == (B, H, Lq)
     assert (lse == -torch.inf).all()
-    names = ("query", "key", "value", "multiplier", "bias")
-    for name, grad in zip(names, backward(needs=[True] * 5, **given), strict=True):
+    names = ["query", "key", "value", "multiplier", "bias"]
+    names += ["multiplier_columns", "multiplier_offset"]
+    gradients = backward(needs=[True] * 7 + [False] * 2, **given)
+    for name, grad in zip(names, gradients, strict=False):
         assert grad.shape == given[name].shape
         assert (grad == 0).all()
 
