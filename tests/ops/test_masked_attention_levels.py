@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from backends import TESTS
-from problems import check, random_problem
+from problems import check, random_low_rank_problem, random_problem
 
 from lam_kernels.ops import _native
 from python_ref.inputs import Problem
@@ -24,11 +24,15 @@ FIXED = [
     for dtype in ("float32", "bfloat16", "float16")
     for Lq, Lk, D in ((1, 1, 1), (31, 33, 64), (130, 515, 32), (257, 64, 80), (100, 129, 256))
 ]
+FIXED += [
+    p.but(multiplier="rank 20: 11 11 11", bias="rank 3: 1h 1h") for p in FIXED if p.Lq in (31, 257)
+]
 
 
 def problems(level: str) -> list[Problem]:
     dtype = "bfloat16" if level.startswith("amx") else None  # the one dtype that tiles serve
     drawn = [random_problem(10_000 + n, dtype) for n in range(COUNT)]
+    drawn += [random_low_rank_problem(10_000 + n, dtype) for n in range(COUNT // 3)]
     return [p for p in FIXED if dtype in (None, p.dtype)] + drawn
 
 

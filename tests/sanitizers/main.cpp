@@ -141,8 +141,24 @@ Operand make(DType dtype, int64_t s0, int64_t s1, int64_t s2, int64_t s3, const 
   return o;
 }
 
+// A mask by its factors, or their gradients; nothing has memory when the mask is dense or absent.
+struct FactorOperands {
+  Operand rows, columns, offset;
+  double get(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    double sum = offset.memory ? offset.get(b, h, 0, j) : 0;
+    for (int64_t k = 0; k < rows.shape[3]; ++k) sum += rows.get(b, h, i, k) * columns.get(b, h, j, k);
+    return sum;
+  }
+  lam::Factors view(int64_t rank) const {
+    lam::Factors f;
+    f.rank = rank, f.rows = rows.view, f.columns = columns.view, f.offset = offset.view;
+    return f;
+  }
+};
+
 struct Problem {
   lam::MaskedAttentionParams p{};
+  FactorOperands factors[2], grad_factors[2];  // of the multiplier and of the bias
   Operand query, key, value, multiplier, bias, grad_out, grad_lse, out, lse;
   Operand grad_query, grad_key, grad_value, grad_multiplier, grad_bias;
   std::unique_ptr<char[]> attn_mask, key_mask;
@@ -170,6 +186,27 @@ Operand random_mask(Random& r, const lam::MaskedAttentionParams& p, DType dtype,
     o.set(value, at...);
   });
   return o;
+}
+
+FactorOperands random_factors(Random& r, const lam::MaskedAttentionParams& p, DType dtype, bool hides) {
+  constexpr int64_t kRanks[] = {1, 3, 16, 17, 40};
+  const int64_t rank = r.pick(kRanks);
+  FactorOperands f;
+  auto batch = [&] { return r.chance(50) ? 1 : p.B; };
+  auto heads = [&] { return r.chance(50) ? 1 : p.H; };
+  f.rows = random_rows(r, dtype, batch(), heads(), p.Lq, rank);
+  f.columns = random_rows(r, dtype, batch(), heads(), p.Lk, rank);
+  // random_rows counts every axis, but a broadcast one has stride 0
+  for (Operand* o : {&f.rows, &f.columns})
+    for (int axis = 0; axis < 3; ++axis)
+      if (o->shape[axis] == 1) o->view.stride[axis] = 0;
+  if (r.chance(60)) {
+    f.offset = make(dtype, batch(), heads(), 1, p.Lk);
+    for_each(f.offset.shape, [&](auto... at) {
+      f.offset.set(hides && r.chance(10) ? -INFINITY : static_cast<double>(r.below(129) - 64) / 64, at...);
+    });
+  }
+  return f;
 }
 
 lam::PatternSpec random_spec(Random& r, Problem& problem) {
@@ -236,8 +273,11 @@ std::unique_ptr<Problem> random_problem(Random& r, DType dtype) {
   problem->grad_out = random_rows(r, dtype, p.B, p.H, p.Lq, p.Dv);
   const DType lse_dtype = dtype == DType::f64 ? DType::f64 : DType::f32;
   auto mask_dtype = [&] { return r.chance(50) ? dtype : static_cast<DType>(r.below(3)); };
-  if (r.chance(50)) problem->multiplier = random_mask(r, p, mask_dtype(), false, false);
-  if (r.chance(50)) {
+  if (r.chance(20)) problem->factors[0] = random_factors(r, p, mask_dtype(), false);
+  else if (r.chance(50)) problem->multiplier = random_mask(r, p, mask_dtype(), false, false);
+  if (r.chance(20)) {
+    problem->factors[1] = random_factors(r, p, mask_dtype(), r.chance(50));
+  } else if (r.chance(50)) {
     p.gate = r.chance(30);
     problem->bias = random_mask(r, p, mask_dtype(), p.gate, r.chance(50));
   }
@@ -283,6 +323,12 @@ std::unique_ptr<Problem> random_problem(Random& r, DType dtype) {
   problem->grad_value = wanted(problem->value, true);
   problem->grad_multiplier = wanted(problem->multiplier, false);
   problem->grad_bias = wanted(problem->bias, false);
+  for (int k = 0; k < 2; ++k) {
+    const FactorOperands& f = problem->factors[k];
+    if (!f.rows.memory) continue;
+    problem->grad_factors[k] = {wanted(f.rows, true), wanted(f.columns, true), wanted(f.offset, false)};
+    (k == 0 ? p.multiplier_factors : p.bias_factors) = f.view(f.rows.shape[3]);
+  }
 
   p.query = problem->query.view, p.key = problem->key.view, p.value = problem->value.view;
   p.multiplier = problem->multiplier.view, p.bias = problem->bias.view;
@@ -291,7 +337,7 @@ std::unique_ptr<Problem> random_problem(Random& r, DType dtype) {
 }
 
 struct Expected {
-  std::vector<double> out, lse, query, key, value, multiplier, bias;
+  std::vector<double> out, lse, query, key, value, multiplier, bias, rows[2], columns[2], offset[2];
 };
 
 size_t flat(const Operand& o, int64_t b, int64_t h, int64_t i, int64_t j) {
@@ -306,6 +352,23 @@ Expected reference(const Problem& x) {
   auto zeros = [](const Operand& o) { return std::vector<double>(static_cast<size_t>(o.memory ? o.elements() : 0)); };
   e.out = zeros(x.out), e.lse = zeros(x.lse), e.query = zeros(x.query), e.key = zeros(x.key);
   e.value = zeros(x.value), e.multiplier = zeros(x.multiplier), e.bias = zeros(x.bias);
+  for (int k = 0; k < 2; ++k) {
+    e.rows[k] = zeros(x.factors[k].rows), e.columns[k] = zeros(x.factors[k].columns);
+    e.offset[k] = zeros(x.factors[k].offset);
+  }
+  auto mask_at = [](const Operand& dense, const FactorOperands& f, int64_t b, int64_t h, int64_t i, int64_t j,
+                    double absent) {
+    return f.rows.memory ? f.get(b, h, i, j) : dense.memory ? dense.get(b, h, i, j) : absent;
+  };
+  auto fold = [&](int k, double g, int64_t b, int64_t h, int64_t i, int64_t j) {
+    const FactorOperands& f = x.factors[k];
+    if (!f.rows.memory) return;
+    for (int64_t d = 0; d < f.rows.shape[3]; ++d) {
+      e.rows[k][flat(f.rows, b, h, i, d)] += g * f.columns.get(b, h, j, d);
+      e.columns[k][flat(f.columns, b, h, j, d)] += g * f.rows.get(b, h, i, d);
+    }
+    if (f.offset.memory) e.offset[k][flat(f.offset, b, h, 0, j)] += g;
+  };
   const auto n = static_cast<size_t>(p.Lk);
   std::vector<double> dot(n), score(n), factor(n), bias(n), grad(n), keep(n);
   std::vector<bool> seen(n);
@@ -323,8 +386,8 @@ Expected reference(const Problem& x) {
           const auto c = static_cast<size_t>(j);
           dot[c] = 0;
           for (int64_t d = 0; d < p.D; ++d) dot[c] += p.scale * x.query.get(b, h, i, d) * x.key.get(b, g, j, d);
-          factor[c] = x.multiplier.memory ? x.multiplier.get(b, h, i, j) : 1;
-          bias[c] = x.bias.memory ? x.bias.get(b, h, i, j) : 0;
+          factor[c] = mask_at(x.multiplier, x.factors[0], b, h, i, j, 1);
+          bias[c] = mask_at(x.bias, x.factors[1], b, h, i, j, 0);
           const lam::PatternSpec everything{};
           const lam::PatternSpec& spec =
               p.n_patterns == 0 ? everything : x.specs[p.n_patterns == 1 ? 0 : static_cast<size_t>(h)];
@@ -369,6 +432,8 @@ Expected reference(const Problem& x) {
           const double ds = (p.gate ? bias[c] : 1) * weightless;
           if (x.bias.memory) e.bias[flat(x.bias, b, h, i, j)] += p.gate ? weightless : ds;
           if (x.multiplier.memory) e.multiplier[flat(x.multiplier, b, h, i, j)] += ds * dot[c];
+          fold(0, ds * dot[c], b, h, i, j);
+          fold(1, ds, b, h, i, j);
           for (int64_t d = 0; d < p.D; ++d) {
             e.query[flat(x.query, b, h, i, d)] += p.scale * ds * factor[c] * x.key.get(b, g, j, d);
             e.key[flat(x.key, b, g, j, d)] += p.scale * ds * factor[c] * x.query.get(b, h, i, d);
@@ -407,13 +472,16 @@ bool run(lam::Level level, DType dtype, int64_t number) {
   std::printf("%s %s %ld: B%ld H%ld/%ld Lq%ld Lk%ld D%ld Dv%ld%s%s%s%s\n", lam::level_name(level), name_of(dtype),
               static_cast<long>(number), static_cast<long>(p.B), static_cast<long>(p.H), static_cast<long>(p.Hkv),
               static_cast<long>(p.Lq), static_cast<long>(p.Lk), static_cast<long>(p.D), static_cast<long>(p.Dv),
-              p.multiplier.data ? " multiplier" : "", p.bias.data ? (p.gate ? " gate" : " bias") : "",
+              p.multiplier.data ? " multiplier" : p.multiplier_factors.rank ? " low-rank multiplier" : "",
+              p.bias.data ? (p.gate ? " gate" : " bias") : p.bias_factors.rank ? " low-rank bias" : "",
               p.n_patterns ? " pattern" : "", p.dropout_p > 0 ? " dropout" : "");
   std::fflush(stdout);
   if (lam::masked_attention_fwd_kernel(dtype, level)(p) != 0) return false;
   p.grad_out = x->grad_out.view, p.grad_lse = x->grad_lse.view;
   p.grad_query = x->grad_query.view, p.grad_key = x->grad_key.view, p.grad_value = x->grad_value.view;
   p.grad_multiplier = x->grad_multiplier.view, p.grad_bias = x->grad_bias.view;
+  p.grad_multiplier_factors = x->grad_factors[0].view(p.multiplier_factors.rank);
+  p.grad_bias_factors = x->grad_factors[1].view(p.bias_factors.rank);
   if (lam::masked_attention_bwd_kernel(dtype, level)(p) != 0) return false;
   const Expected e = reference(*x);
   const double u = unit_roundoff(dtype);
@@ -423,7 +491,13 @@ bool run(lam::Level level, DType dtype, int64_t number) {
                        close("grad_key", x->grad_key, e.key, u),
                        close("grad_value", x->grad_value, e.value, u),
                        close("grad_multiplier", x->grad_multiplier, e.multiplier, u),
-                       close("grad_bias", x->grad_bias, e.bias, u)};
+                       close("grad_bias", x->grad_bias, e.bias, u),
+                       close("grad_multiplier_rows", x->grad_factors[0].rows, e.rows[0], u),
+                       close("grad_multiplier_columns", x->grad_factors[0].columns, e.columns[0], u),
+                       close("grad_multiplier_offset", x->grad_factors[0].offset, e.offset[0], u),
+                       close("grad_bias_rows", x->grad_factors[1].rows, e.rows[1], u),
+                       close("grad_bias_columns", x->grad_factors[1].columns, e.columns[1], u),
+                       close("grad_bias_offset", x->grad_factors[1].offset, e.offset[1], u)};
   for (const bool each : good)
     if (!each) return false;
   return true;
