@@ -22,6 +22,8 @@ class Backend:
 
 BACKENDS = (
     Backend("cpu", ("float32", "bfloat16", "float16", "float64"), True, 300),
+    # in the interpreter where there is no GPU, and then only what is marked for it: interpreted.py
+    Backend("triton", ("float32", "bfloat16", "float16"), False, 20),
     Backend(
         "reference", ("float32", "bfloat16", "float16", "float64"), True, 60, double_backward=True
     ),

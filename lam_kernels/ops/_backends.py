@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..triton import availability
+
 # Tried in this order when no backend is named. The reference is never tried: it runs only when
 # named.
 DEVICE_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -34,6 +36,8 @@ def unavailable(name: str) -> str:
     """Why backend `name` cannot run in this process, "" when it can."""
     if name == "cpu":
         return _cpu_unavailable()
+    if name == "triton":
+        return availability.unavailable()
     return "" if name == "reference" else _LATER
 
 
@@ -51,8 +55,12 @@ def _device_reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
     if name == "cpu" and device != "cpu":
         found.append(f"serves CPU tensors, these are on {device}")
     if name in ("cuda", "triton"):
-        if device != "cuda":
-            found.append(f"serves CUDA tensors, these are on {device}")
+        served = "cuda"
+        if name == "triton":
+            served = availability.device_type()
+        if device != served:
+            kind = "CUDA" if served == "cuda" else "CPU"
+            found.append(f"serves {kind} tensors, these are on {device}")
         if dtype == torch.float64:
             found.append("has no float64")
     return found

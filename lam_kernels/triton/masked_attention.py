@@ -1,0 +1,353 @@
+"""Masked attention in Triton: which kernels run, with what, in which order.
+
+Forward: one kernel. Backward, each only when somebody wants what it gives:
+
+    delta     rowsum(dO * O) - dlse, which every pass but dV alone reads
+    rows      dQ; row sums for masks without columns
+    columns   dK, dV; column sums for masks with columns only
+    tiles     gradients of masks that several heads or samples share
+
+A mask with its own head and sample gets its gradient from the rows pass (columns pass where only
+that one runs), which has dS of every pair in registers anyway. For a shared mask the tiles pass
+recomputes S and dP, two products a pair. Fusing it with another pass would save them, but neither
+pass has what is needed in one place: the sum runs over heads and samples, which are different
+programs of the rows and columns passes, and a program that looped over them itself would have to
+hold one dQ (or dK and dV) a sharer. Seven products in rows and columns passes, nine with tiles.
+The other way to five, dQ or dM by atomic additions, is not bitwise repeatable.
+
+Where a mask has few tiles and many sharers the loop is split over several programs, whose partial
+sums (no more elements than query and key have) are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configurations
+from .availability import interpreting
+from .masked_attention_backward import (
+    Backward,
+    MaskGradients,
+    columns_kernel,
+    delta_kernel,
+    rows_kernel,
+    tiles_kernel,
+)
+from .masked_attention_forward import forward_kernel
+from .masks import Mask, mask_argument
+from .patterns import Shape, encoded
+from .tiles import Operands, rows_argument
+
+if interpreting():
+    from .interpreter import install
+
+    install()
+
+
+def launch(kernel, programs: int, *arguments, **settings) -> None:
+    """Every launch of this backend; ahead-of-time compilation replaces it."""
+    kernel[(programs,)](*arguments, **settings)
+
+
+class _Call(NamedTuple):
+    """One call's operands as kernels take them, and what all launches share."""
+
+    o: Operands
+    shape: Shape
+    largest_step: int
+    B: int
+    H: int
+    group: int
+    Lq: int
+    Lk: int
+    D: int
+    Dv: int
+    scale: float
+    dropout: tuple[int, int, int, float]  # seed, offset, threshold, 1 / (1 - p)
+    dropout_p: float
+    gate: bool
+    query: Tensor
+
+    def settings(self, configuration: configurations.Configuration) -> dict:
+        """Compile-time constants that all kernels but delta take."""
+        even = (
+            self.shape.N_TERMS == 0
+            and self.Lq % configuration.block_m == 0
+            and self.Lk % configuration.block_n == 0
+        )
+        o = self.o
+        return {
+            "D": self.D,
+            "DV": self.Dv,
+            "BLOCK_D": _block_of(self.D),
+            "BLOCK_DV": _block_of(self.Dv),
+            "BLOCK_M": configuration.block_m,
+            "BLOCK_N": configuration.block_n,
+            "N_TERMS": self.shape.N_TERMS,
+            "CODE": self.shape.CODE,
+            "STEPPED": self.shape.STEPPED,
+            "GATE": self.gate,
+            "DROPOUT": self.dropout_p > 0,
+            "HIDES": not even or o.key_mask is not None or o.attn_mask is not None,
+            "EVEN": even,
+            "PRECISION": "tf32x3" if self.query.dtype == torch.float32 else "ieee",
+            "num_warps": configuration.warps,
+            "num_stages": configuration.stages,
+        }
+
+    def configuration(self, kernel: str) -> configurations.Configuration:
+        return configurations.choose(
+            kernel, self.query.device, self.query.dtype, self.D, self.Dv, self.Lq, self.Lk
+        )
+
+    def tiles(self, length: int, block: int, step: int | None = None) -> int:
+        """Tiles of an axis, those of each residue class on their own."""
+        step = self.largest_step if step is None else step
+        return step * triton.cdiv(triton.cdiv(length, step), block)
+
+
+def _block_of(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _call(
+    query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
+    pattern, scale, dropout_p, gate,
+) -> _Call:  # fmt: skip
+    B, H, Lq, D = query.shape
+    Lk, Dv = value.shape[2:]
+    query, key, value = (_unit_last_stride(x) for x in (query, key, value))
+    terms, shape, largest_step = encoded(list(pattern), list(segment_ids), Lq, Lk, query.device)
+    if attn_mask is not None:
+        attn_mask = attn_mask.view(torch.uint8)
+    if key_mask is not None:
+        key_mask = key_mask.view(torch.uint8)[:, None, None, :]
+    operands = Operands(
+        *(rows_argument(x) for x in (query, key, value)),
+        *(mask_argument(x) for x in (multiplier, bias, attn_mask, key_mask)),
+        terms,
+    )
+    dropout = (0, 0, 0, 1.0)
+    if dropout_p > 0:
+        seed, offset = rng_state.tolist()
+        dropout = (seed, offset, int(dropout_p * 2**32), 1 / (1 - dropout_p))
+    return _Call(
+        operands, shape, largest_step, B, H, H // key.shape[1], Lq, Lk, D, Dv, scale, dropout,
+        dropout_p, gate, query,
+    )  # fmt: skip
+
+
+def _unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+def _on_device(tensor: Tensor):
+    """Triton launches on the current device."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def masked_attention_fwd(
+    query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
+    pattern, scale, dropout_p, gate,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op's forward with the op's own arguments."""
+    B, H, Lq, _ = query.shape
+    Lk, Dv = value.shape[2:]
+    out = query.new_empty(B, H, Lq, Dv)
+    lse = query.new_empty(B, H, Lq, dtype=torch.float32)
+    if lse.numel() == 0 or Lk == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    call = _call(
+        query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
+        pattern, scale, dropout_p, gate,
+    )  # fmt: skip
+    chosen = call.configuration("forward")
+    tiles = call.tiles(Lq, chosen.block_m)
+    with _on_device(query):
+        launch(
+            forward_kernel, B * H * tiles,
+            call.o, out, lse, scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
+            ORDER=_order(call), **call.settings(chosen),
+        )  # fmt: skip
+    return out, lse
+
+
+def masked_attention_bwd(
+    grad_out, grad_lse, query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids,
+    rng_state, out, lse, pattern, scale, dropout_p, gate, needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op's backward; a gradient that `needs` does not ask for is empty, and not computed."""
+    operands = (query, key, value, multiplier, bias)
+    if lse.numel() == 0 or key.shape[2] == 0:
+        return tuple(_zeros(x, query, wanted) for x, wanted in zip(operands, needs, strict=True))
+    call = _call(
+        query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
+        pattern, scale, dropout_p, gate,
+    )  # fmt: skip
+    grads = [
+        _empty(x, query, wanted) for x, wanted in zip(operands, needs, strict=True)
+    ]
+    with _on_device(query):
+        _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse)
+    return tuple(grads)
+
+
+def _empty(operand: Tensor | None, query: Tensor, wanted: bool) -> Tensor:
+    like = query if operand is None else operand
+    return query.new_empty(operand.shape if wanted else 0, dtype=like.dtype)
+
+
+def _zeros(operand: Tensor | None, query: Tensor, wanted: bool) -> Tensor:
+    return _empty(operand, query, wanted).zero_()
+
+
+class _MaskPlan(NamedTuple):
+    """Where the gradients of multiplier and bias come from: "own", "rows", "columns", "tiles" or
+    "" (not wanted)."""
+
+    multiplier: str
+    bias: str
+
+    def has(self, source: str) -> bool:
+        return source in self
+
+
+def _source(mask: Tensor, wanted: bool, call: _Call) -> str:
+    if not wanted:
+        return ""
+    batch, head, row, column = mask.shape
+    if row == 1 or column == 1:
+        return "columns" if column > 1 else "rows"
+    own = batch == call.B and head == call.H
+    return "own" if own else "tiles"
+
+
+def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) -> None:
+    """Fills grads."""
+    B, H, Lq, Lk = call.B, call.H, call.Lq, call.Lk
+    plan = _MaskPlan(
+        *(_source(mask, wanted, call) for mask, wanted in zip(operands[3:], needs[3:], strict=True))
+    )
+    if call.shape.N_TERMS:  # tiles that no head sees are never visited
+        for at, source in enumerate(plan, start=3):
+            if source in ("own", "tiles"):
+                grads[at].zero_()
+    grad_out = _unit_last_stride(grad_out)
+    delta = lse
+    if any((*needs[:2], *needs[3:])):
+        delta = torch.empty_like(lse)
+        block = 64
+        launch(
+            delta_kernel, B * H * triton.cdiv(Lq, block),
+            out, rows_argument(grad_out), None if grad_lse is None else grad_lse.contiguous(),
+            delta, H, Lq, DV=call.Dv, BLOCK_DV=_block_of(call.Dv), BLOCK_M=block,
+        )  # fmt: skip
+    g = Backward(rows_argument(grad_out), lse, delta)
+
+    columns_run = needs[1] or needs[2] or plan.has("columns")
+    rows_run = needs[0] or plan.has("rows") or (plan.has("own") and not columns_run)
+    if rows_run:
+        targets, sums = _targets("rows", Lq, plan, True, call, grads)
+        chosen = call.configuration("rows")
+        tiles = call.tiles(Lq, chosen.block_m)
+        launch(
+            rows_kernel, B * H * tiles,
+            call.o, g, grads[0] if needs[0] else None, targets, call.scale, *call.dropout,
+            B, H, call.group, Lq, Lk, tiles, ORDER=_order(call), **call.settings(chosen),
+        )  # fmt: skip
+        _reduce(sums, grads)
+    if columns_run:
+        # heads that share keys have tiles of one spacing only when they have one pattern
+        stepped = call.shape.STEPPED and (call.group == 1 or call.shape.CODE >= 0)
+        targets, sums = _targets("columns", Lk, plan, not rows_run, call, grads)
+        chosen = call.configuration("columns")
+        tiles = call.tiles(Lk, chosen.block_n, None if stepped else 1)
+        settings = call.settings(chosen) | {"STEPPED": stepped}
+        launch(
+            columns_kernel, B * (H // call.group) * tiles,
+            call.o, g, grads[1] if needs[1] else None, grads[2] if needs[2] else None, targets,
+            call.scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
+            ORDER=_order(call), **settings,
+        )  # fmt: skip
+        _reduce(sums, grads)
+    if plan.has("tiles"):
+        _run_tiles(call, g, plan, grads)
+
+
+def _targets(
+    which: str, length: int, plan: _MaskPlan, takes_own: bool, call: _Call, grads: list
+) -> tuple[MaskGradients, dict[int, Tensor]]:
+    """Where the rows or columns pass puts mask gradients, and the sums to reduce afterwards."""
+    own, sums = [None, None], [None, None]
+    for at, source in enumerate(plan):
+        if source == "own" and takes_own:
+            own[at] = mask_argument(grads[3 + at])
+        elif source == which:
+            sums[at] = call.query.new_empty(call.B, call.H, length, dtype=torch.float32)
+    to_reduce = {3 + at: one for at, one in enumerate(sums) if one is not None}
+    return MaskGradients(*own, *sums), to_reduce
+
+
+def _reduce(sums: dict[int, Tensor], grads: list[Tensor]) -> None:
+    """[B, H, L] to the mask's own shape, in a fixed order."""
+    for at, total in sums.items():
+        shape = grads[at].shape
+        total = total[..., None, :] if shape[3] > 1 else total[..., None]
+        axes = [axis for axis in range(4) if shape[axis] == 1 and total.shape[axis] > 1]
+        grads[at].copy_(total.sum(axes, keepdim=True) if axes else total)
+
+
+def _run_tiles(call: _Call, g: Backward, plan: _MaskPlan, grads: list[Tensor]) -> None:
+    """Both masks in one launch when the same heads and samples share them, otherwise one each."""
+    shared = [at for at, source in enumerate(plan) if source == "tiles"]
+    together = len({grads[3 + at].shape[:2] for at in shared}) == 1
+    for group in [shared] if together else [[at] for at in shared]:
+        _launch_tiles(call, g, group, grads)
+
+
+def _launch_tiles(call: _Call, g: Backward, which: list[int], grads: list[Tensor]) -> None:
+    first = grads[3 + which[0]]
+    batches = call.B if first.shape[0] == 1 else 1
+    heads = call.H if first.shape[1] == 1 else 1
+    uniform = call.shape.CODE >= 0
+    step = call.largest_step if uniform else 1
+    chosen = call.configuration("tiles")
+    row_tiles = call.tiles(call.Lq, chosen.block_m, step)
+    column_tiles = triton.cdiv(triton.cdiv(call.Lk, step), chosen.block_n)
+    own = first.shape[0] * first.shape[1]
+    programs = own * row_tiles * column_tiles
+    splits = configurations.splits(
+        programs, batches * heads, first.numel() * len(which),
+        call.B * call.H * (call.Lq + call.Lk) * call.D, call.query.device,
+    )  # fmt: skip
+    targets: list[Mask | None] = [None, None]
+    partial = {}
+    for at in which:
+        grad = grads[3 + at]
+        if splits > 1:
+            make = grad.new_zeros if call.shape.N_TERMS else grad.new_empty
+            partial[at] = make((splits, *grad.shape), dtype=torch.float32)
+            targets[at] = mask_argument(partial[at][0])._replace(pointer=partial[at])
+        else:
+            targets[at] = mask_argument(grad)
+    settings = call.settings(chosen) | {"STEPPED": call.shape.STEPPED and uniform}
+    launch(
+        tiles_kernel, programs * splits,
+        call.o, g, MaskGradients(*targets, None, None), first.numel(), call.scale, *call.dropout,
+        call.H, call.group, call.Lq, call.Lk, row_tiles, column_tiles, batches, heads, splits,
+        **settings,
+    )  # fmt: skip
+    for at, sums in partial.items():
+        grads[3 + at].copy_(sums.sum(0))
+
+
+def _order(call: _Call) -> str:
+    return "tiles"
+

@@ -1,0 +1,184 @@
+"""What the attention kernels of all ops do with one tile: addresses, loads, scores, slopes.
+
+A tile is [rows, columns], or transposed [columns, rows] where the products want it so; rows and
+columns come expanded ([M, 1] and [1, N], or [1, M] and [N, 1]), and nothing here depends on which.
+Scores are in natural units and only the difference to the row's largest (or to lse) is multiplied
+by log2(e): with log2-scaled scores the lse that the op returns could not give back exactly the
+weights that the forward pass used, and a row of one key would lose weight at large scores.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .masks import Mask, mask_tile
+from .patterns import Terms, codes_agree
+
+LOG2E = tl.constexpr(1.4426950408889634)
+_INF = tl.constexpr(float("inf"))
+
+
+class Rows(NamedTuple):
+    """[B, heads, L, D] with a last stride of 1; strides in elements."""
+
+    pointer: Tensor
+    batch: int
+    head: int
+    row: int
+
+
+class Operands(NamedTuple):
+    """What every kernel of masked attention reads."""
+
+    query: Rows
+    key: Rows
+    value: Rows
+    multiplier: Mask | None
+    bias: Mask | None
+    attn_mask: Mask | None
+    key_mask: Mask | None
+    terms: Terms
+
+
+def rows_argument(tensor: Tensor) -> Rows:
+    batch, head, row, _ = tensor.stride()
+    return Rows(tensor, batch, head, row)
+
+
+@triton.jit
+def program_tile(tiles, B, H, ORDER: tl.constexpr):
+    """(tile, batch, head) of this program. The part that varies fastest shares what it reads:
+
+    tiles    the keys and values of one head
+    heads    the mask rows of one sample
+    batches  the mask rows of one head
+    pairs    mask rows that all share
+    """
+    index = tl.program_id(0)
+    if ORDER == "tiles":
+        pair = index // tiles
+        return index - pair * tiles, pair // H, pair % H
+    elif ORDER == "heads":
+        rest = index // H
+        return rest % tiles, rest // tiles, index - rest * H
+    elif ORDER == "batches":
+        rest = index // B
+        return rest % tiles, index - rest * B, rest // tiles
+    else:
+        tile = index // (B * H)
+        pair = index - tile * (B * H)
+        return tile, pair // H, pair % H
+
+
+@triton.jit
+def base_of(operand, batch, head):
+    return operand.pointer + batch.to(tl.int64) * operand.batch + head.to(tl.int64) * operand.head
+
+
+@triton.jit
+def load_rows(base, stride, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
+    """[len(row), BLOCK_D], zeros outside [L, D]."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    at = base + row.to(tl.int64)[:, None] * stride + d
+    if EVEN and D == BLOCK_D:
+        return tl.load(at)
+    elif EVEN:
+        return tl.load(at, mask=d < D, other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(at, mask=row[:, None] < L, other=0.0)
+    else:
+        return tl.load(at, mask=(row[:, None] < L) & (d < D), other=0.0)
+
+
+@triton.jit
+def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, value):
+    """Into a contiguous [pairs, L, D]."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    at = pointer + (pair.to(tl.int64) * L + row.to(tl.int64)[:, None]) * D + d
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=(row[:, None] < L) & (d < D))
+
+
+@triton.jit
+def learned_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
+    """Multiplier or bias in float32, None where there is none."""
+    if mask is None:
+        return None
+    else:
+        return mask_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN).to(tl.float32)
+
+
+@triton.jit
+def seen_pairs(
+    o, batch, head, rows, columns, low, high, Lq, Lk,
+    N_TERMS: tl.constexpr, CODE: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Where pattern, attn_mask and key_mask keep a pair. low, high: key_bounds of the rows
+    (TRANSPOSED: of the columns)."""
+    kept = columns < Lk
+    if N_TERMS > 0:
+        if TRANSPOSED:
+            kept = kept & (rows >= low) & (rows < high)
+        else:
+            kept = (columns >= low) & (columns < high)
+        kept = codes_agree(kept, o.terms, batch, head, rows, columns, Lq, Lk, N_TERMS, CODE)
+    if o.key_mask is not None:
+        kept = kept & (mask_tile(o.key_mask, batch, head, rows, columns, Lq, Lk, EVEN) != 0)
+    if o.attn_mask is not None:
+        kept = kept & (mask_tile(o.attn_mask, batch, head, rows, columns, Lq, Lk, EVEN) != 0)
+    return kept
+
+
+@triton.jit
+def fused_scores(s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
+    """(F, Z, visible) of python_ref: F = S * M + A, or S * M where A is a gate. HIDES: `seen` is
+    not everything."""
+    f = s
+    visible = seen
+    if multiplier is not None:
+        f = f * multiplier
+    z = f
+    if bias is not None:
+        if GATE:
+            visible = visible & (bias != 0)
+            z = f + tl.log(tl.where(visible, bias, 1.0))
+        else:
+            f = f + bias
+            z = f
+            if multiplier is not None:  # whose value may be NaN where the bias hides
+                visible = visible & (bias != -_INF)
+    if HIDES or (bias is not None and (GATE or multiplier is not None)):
+        z = tl.where(visible, z, -_INF)
+    return f, z, visible
+
+
+@triton.jit
+def slopes(
+    s, dp, seen, multiplier, bias, lse, delta,
+    GATE: tl.constexpr, HIDES: tl.constexpr,
+):  # fmt: skip
+    """(P, dS, dM, dA) of a tile. lse is +inf in a row that sees no key: every weight is 0."""
+    f, z, visible = fused_scores(s, seen, multiplier, bias, GATE, HIDES)
+    p = tl.exp2((z - lse) * LOG2E)
+    slope = dp - delta
+    dz = p * slope
+    ds = dz
+    if multiplier is not None:
+        ds = dz * multiplier
+        if HIDES or bias is not None:
+            ds = tl.where(visible, ds, 0.0)
+    da = dz
+    if GATE:  # finite also where the gate is 0, and then not P / A
+        da = tl.where(seen, tl.exp2((f - lse) * LOG2E), 0.0) * slope
+    return p, ds, dz * s, da
+
+
+@triton.jit
+def row_statistics(lse, delta, pair, row, Lq):
+    """lse (+inf in a row without a key, and outside) and delta - dlse of rows."""
+    at = pair.to(tl.int64) * Lq + row
+    z = tl.load(lse + at, mask=row < Lq, other=-_INF)
+    return tl.where(z == -_INF, _INF, z), tl.load(delta + at, mask=row < Lq, other=0.0)
