@@ -12,8 +12,10 @@ class Configuration(NamedTuple):
     stages: int
 
 
-def choose(kernel: str, *_) -> Configuration:
-    return Configuration(32, 32, 4, 2)
+def choose(kernel: str, device, dtype, D, Dv, Lq, Lk) -> Configuration:
+    longest = max(Lq, Lk)
+    block = 16 if longest <= 33 else 32 if longest <= 100 else 64
+    return Configuration(block, block, 4, 2)
 
 
 def splits(programs, sharers, mask_elements, operand_elements, device) -> int:

@@ -63,7 +63,9 @@ def mask_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
     comes through here and mask_gradient_tile.
     """
     at = _addresses(mask, batch, head, rows, columns)
-    if EVEN or (mask.row is None and mask.column is None):
+    if mask.row is None and mask.column is None:
+        return tl.load(at + tl.zeros([1, 1], tl.int32))
+    elif EVEN:
         return tl.load(at)
     else:
         return tl.load(at, mask=_inside(mask, rows, columns, Lq, Lk), other=0)

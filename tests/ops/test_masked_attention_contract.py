@@ -872,9 +872,9 @@ REFUSED = {
     "tensor dropout": ({"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p must be a float"),
     "unknown backend": ({"backend": "fast"}, ValueError, "backend must be one of cpu, .*'fast'"),
     "absent backend": (
-        {"backend": "triton"},
+        {"backend": "cuda"},
         RuntimeError,
-        'backend="triton" cannot serve this call: not part of this version yet',
+        'backend="cuda" cannot serve this call: ',
     ),
 }
 
@@ -931,7 +931,7 @@ def test_backends_and_explain():
     assert set(found.reasons) == set(lam_kernels.backends())
     assert all(why for name, why in found.reasons.items() if name != "cpu")
     assert "lam_attention: served by cpu" in str(found)
-    assert "not triton: not part of this version yet" in str(found)
+    assert "  not triton: " in str(found)
     assert "not reference: runs only when named" in str(found)
     bare = lam_kernels.explain("masked_attention", query, key, value, enable_gqa=True)
     assert "no mask at all" in str(bare)
@@ -949,7 +949,7 @@ def test_without_the_library_the_call_says_so(monkeypatch):
     monkeypatch.setattr(_backends, "_settled", {})
     assert lam_kernels.backends()["cpu"] == "not built: run make build"
     query, key, value, _, _ = operands()
-    with pytest.raises(RuntimeError, match=r'"cpu": not built: run make build.*"triton": not part'):
+    with pytest.raises(RuntimeError, match=r'"cpu": not built: run make build.*"cuda": '):
         masked_attention(query, key, value, enable_gqa=True)
     with pytest.raises(RuntimeError, match='backend="cpu" cannot serve this call: not built'):
         masked_attention(query, key, value, enable_gqa=True, backend="cpu")
