@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -22,7 +24,7 @@ class Backend:
 
 BACKENDS = (
     Backend("cpu", ("float32", "bfloat16", "float16", "float64"), True, 300),
-    # in the interpreter where there is no GPU, and then only what is marked for it: interpreted.py
+    # without a GPU in the interpreter, where interpreted.py says which tests an ordinary run takes
     Backend("triton", ("float32", "bfloat16", "float16"), False, 20),
     Backend(
         "reference", ("float32", "bfloat16", "float16", "float64"), True, 60, double_backward=True
@@ -36,3 +38,17 @@ def why_missing(name: str) -> str:
     import lam_kernels
 
     return lam_kernels.backends().get(name, "unknown to lam_kernels.backends()")
+
+
+@cache
+def without_kernels(name: str, test_file: str) -> str:
+    """Why a backend takes no part in test_OP*.py: the op has no kernels there."""
+    rooms = {path.stem for path in (TESTS.parent / "lam_kernels" / "ops").glob("[!_]*.py")}
+    ops = [op for op in rooms if test_file.startswith(f"test_{op}")]
+    if name not in BY_NAME or not ops:
+        return ""
+    page = importlib.import_module(f"lam_kernels.ops.{max(ops, key=len)}")
+    services = getattr(page, "KERNELS", None)
+    if services is None or name in services.table:
+        return ""
+    return f"{name} has no kernels of {services.op}"

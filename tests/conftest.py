@@ -14,12 +14,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+# Read by Triton when it is imported: without a GPU its kernels run on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 TESTS = Path(__file__).resolve().parent
 for folder in (TESTS, TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from backends import BACKENDS, why_missing  # noqa: E402
+from backends import BACKENDS, why_missing, without_kernels  # noqa: E402
+from interpreted import left_out  # noqa: E402
 
 THREADS = 2
 
@@ -74,6 +79,10 @@ def pytest_collection_modifyitems(config, items):
         item.user_properties.append(("backend", name))
         if reasons.get(name):
             item.add_marker(pytest.mark.skip(reason=f"{name}: {reasons[name]}"))
+        elif without_kernels(name, item.path.stem):
+            item.add_marker(pytest.mark.skip(reason=without_kernels(name, item.path.stem)))
+        elif name == "triton" and not config.getoption("full") and left_out(item):
+            item.add_marker(pytest.mark.skip(reason=left_out(item)))
         if item.get_closest_marker("full") and not config.getoption("full"):
             item.add_marker(pytest.mark.skip(reason="big: only with --full (make test-full)"))
 

@@ -167,7 +167,7 @@ class Services:
                 continue
             if name is not None:
                 found[one] = [f'backend="{name}" is named']
-            elif one == "reference":
+            elif one not in candidates:
                 found[one] = ["runs only when named"]
             else:
                 found[one] = [f"{serving} comes first for {device} tensors"]

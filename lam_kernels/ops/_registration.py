@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..triton import availability
 from ._backends import Kernels, Service, Services
 
 # One fragment for all pages: a registration lives as long as the object it was made through.
@@ -26,6 +27,16 @@ def cpu_service(op: str, limits: Callable[..., list[str]] | None = None) -> Serv
         return Kernels(*(kernel.default for kernel in directions))
 
     return Service(load, limits)
+
+
+def triton_service(op: str) -> Service:
+    """OP_fwd and OP_bwd of lam_kernels/triton/OP.py."""
+
+    def load() -> Kernels:
+        kernels = importlib.import_module(f"..triton.{op}", __package__)
+        return Kernels(*(getattr(kernels, f"{op}_{direction}") for direction in ("fwd", "bwd")))
+
+    return Service(load, availability.limits)
 
 
 def reference_service(op: str) -> Service:

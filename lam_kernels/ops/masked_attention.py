@@ -14,10 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..low_rank_mask import LowRankMask
 from ..patterns import Pattern, encode
-from ..triton import availability
 from . import _backends, _checks
 from ._autograd import refuse_double_backward
-from ._backends import Explanation, Kernels, Service, Services
+from ._backends import Explanation, Services
 from ._flops import pair_count
 from ._registration import (
     LIBRARY,
@@ -26,6 +25,7 @@ from ._registration import (
     reference_service,
     register,
     traced_or_transformed,
+    triton_service,
     unobserved,
 )
 from ._vmap import fold, mapped_batch, one_by_one
@@ -254,17 +254,11 @@ _LEARNED = 9  # the operands up to bias_offset: those that may need a gradient
 _SETTINGS = "int[] pattern, float scale, float dropout_p, bool gate"
 
 
-def _triton_kernels() -> Kernels:
-    from ..triton.masked_attention import masked_attention_bwd, masked_attention_fwd
-
-    return Kernels(masked_attention_fwd, masked_attention_bwd)
-
-
 KERNELS = Services(
     "masked_attention",
     {
         "cpu": cpu_service("masked_attention"),
-        "triton": Service(_triton_kernels, availability.limits),
+        "triton": triton_service("masked_attention"),
         "reference": reference_service("masked_attention"),
     },
 )

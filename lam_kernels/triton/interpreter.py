@@ -108,9 +108,7 @@ def _patch_once(patch):
     @functools.wraps(patch)
     def patch_lang(function):
         languages = frozenset(
-            id(value)
-            for value in function.__globals__.values()
-            if value is tl or value is tl.core
+            id(value) for value in function.__globals__.values() if value is tl or value is tl.core
         )
         if languages not in done:
             patch(function)
@@ -202,7 +200,9 @@ class _Launch:
     def __init__(self, arguments):
         tensors = list(_tensors(arguments))
         self.spans = sorted({_span(tensor) for tensor in tensors})
-        self.storages = list({t.untyped_storage().data_ptr(): _Storage(t) for t in tensors}.values())
+        self.storages = list(
+            {t.untyped_storage().data_ptr(): _Storage(t) for t in tensors}.values()
+        )
 
     def touch(self, addresses: np.ndarray, size: int, program: int, writes: bool) -> None:
         inside = np.zeros(addresses.shape, bool)

@@ -191,9 +191,7 @@ def masked_attention_bwd(
         query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
         pattern, scale, dropout_p, gate,
     )  # fmt: skip
-    grads = [
-        _empty(x, query, wanted) for x, wanted in zip(operands, needs, strict=True)
-    ]
+    grads = [_empty(x, query, wanted) for x, wanted in zip(operands, needs, strict=True)]
     with _on_device(query):
         _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse)
     return tuple(grads)
@@ -350,4 +348,3 @@ def _launch_tiles(call: _Call, g: Backward, which: list[int], grads: list[Tensor
 
 def _order(call: _Call) -> str:
     return "tiles"
-

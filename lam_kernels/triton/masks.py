@@ -28,7 +28,8 @@ def mask_argument(tensor: Tensor | None) -> Mask | None:
     if tensor is None:
         return None
     strides = [
-        stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        stride if size > 1 else 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
     row = strides[2] if tensor.shape[2] > 1 else None
     column = strides[3] if tensor.shape[3] > 1 else None

@@ -42,7 +42,7 @@ TABLE_INTS = tl.constexpr(_TABLE_INTS)
 class Terms(NamedTuple):
     """A pattern as kernels take it."""
 
-    values: tuple[int, ...] | None  # one pattern for all heads: a, b of each term, see _unspecial
+    numbers: tuple[int, ...] | None  # one pattern for all heads: a, b of each term, see _unspecial
     table: Tensor | None  # one a head: int64 [H, TABLE_INTS]
     step: int
     step_shift: int  # Lk - Lq when the term with that dilation counts from the end
@@ -84,7 +84,11 @@ def encoded(
         values += [0] * (2 * spec.MAX_TERMS - len(values))
         shift = Lk - Lq if end else 0
         found = Terms(tuple(map(_unspecial, values)), None, step, shift, segments)
-        return found if terms else found._replace(values=None), Shape(len(terms), code, step > 1), step
+        return (
+            found if terms else found._replace(numbers=None),
+            Shape(len(terms), code, step > 1),
+            step,
+        )
     table, largest = _table(tuple(flat), Lq, Lk, device)
     count = max(len(spec.spec_terms(one)) for one in per_head)
     return Terms(None, table, 1, 0, segments), Shape(count, PER_HEAD.value, largest > 1), largest
@@ -153,19 +157,20 @@ def _segments(segment_ids: list[Tensor], Lq: int, Lk: int) -> Segments:
 
 
 @triton.jit
-def _term(terms, head, T: tl.constexpr, CODE: tl.constexpr):
-    """(kind, end_aligned, a, b) of term T."""
-    if CODE == PER_HEAD:
-        at = terms.table + head * TABLE_INTS + 4 * T
-        kind = tl.load(at).to(tl.int32)
-        end = tl.load(at + 1).to(tl.int32)
-        a = tl.load(at + 2).to(tl.int32)
-        b = tl.load(at + 3).to(tl.int32)
-        return kind, end, a, b
-    else:
-        kind: tl.constexpr = (CODE >> (4 * T)) & 7
-        end: tl.constexpr = (CODE >> (4 * T + 3)) & 1
-        return kind, end, (terms.values[2 * T] >> 4).to(tl.int32), (terms.values[2 * T + 1] >> 4).to(tl.int32)
+def _table_term(terms, head, T: tl.constexpr):
+    """(kind, end_aligned, a, b) of term T of a head."""
+    at = terms.table + head * TABLE_INTS + 4 * T
+    return (
+        tl.load(at).to(tl.int32),
+        tl.load(at + 1).to(tl.int32),
+        tl.load(at + 2).to(tl.int32),
+        tl.load(at + 3).to(tl.int32),
+    )
+
+
+@triton.jit
+def _number(terms, N: tl.constexpr):
+    return (terms.numbers[N] >> 4).to(tl.int32)
 
 
 @triton.jit
@@ -184,31 +189,44 @@ def key_bounds(
     low = x * 0
     high = low + L_other
     for T in tl.static_range(N_TERMS):
-        kind, end, a, b = _term(terms, head, T, CODE)
-        center = x
-        if end == 1:
-            center = x + (L_other - L)
-        lo = low
-        hi = high
-        if kind == BLOCK_DIAGONAL:
-            if end == 1:
-                from_end = (L - 1 - x) // a * a
-                lo = L_other - from_end - a
-                hi = L_other - from_end
-            else:
-                lo = x // a * a
-                hi = lo + a
-        elif kind <= DILATED_TOEPLITZ:
-            lo = center - a
-            hi = center + a + 1
-        elif kind == CAUSAL:
-            if TRANSPOSED:
-                lo = center
-            else:
-                hi = center + 1
+        if CODE == PER_HEAD:
+            kind, end, a, _ = _table_term(terms, head, T)
+            lo, hi = _term_bounds(kind, end, a, x, L, L_other, TRANSPOSED)
+        else:
+            lo, hi = _term_bounds(
+                (CODE >> (4 * T)) & 7, (CODE >> (4 * T + 3)) & 1, _number(terms, 2 * T),
+                x, L, L_other, TRANSPOSED,
+            )  # fmt: skip
         low = tl.maximum(low, lo)
         high = tl.minimum(high, hi)
     return low, high
+
+
+@triton.jit
+def _term_bounds(kind, end, a, x, L, L_other, TRANSPOSED: tl.constexpr):
+    """kind and end_aligned are known at compile time, or only when the table has been read."""
+    center = x
+    if end == 1:
+        center = x + (L_other - L)
+    lo = x * 0
+    hi = lo + L_other
+    if kind == BLOCK_DIAGONAL:
+        if end == 1:
+            from_end = (L - 1 - x) // a * a
+            lo = L_other - from_end - a
+            hi = L_other - from_end
+        else:
+            lo = x // a * a
+            hi = lo + a
+    elif kind <= DILATED_TOEPLITZ:
+        lo = center - a
+        hi = center + a + 1
+    elif kind == CAUSAL:
+        if TRANSPOSED:
+            lo = center
+        else:
+            hi = center + 1
+    return lo, hi
 
 
 @triton.jit
@@ -217,21 +235,25 @@ def codes_agree(
 ):
     """`kept` where every dilated term and every Segments term also keeps the pair."""
     for T in tl.static_range(N_TERMS):
-        kind, end, a, b = _term(terms, head, T, CODE)
         if CODE == PER_HEAD:
+            kind, end, a, b = _table_term(terms, head, T)
             row_code = (rows * 0).to(tl.int64)
             column_code = (columns * 0).to(tl.int64)
             if kind == DILATED_TOEPLITZ:
                 row_code, column_code = _residues(rows, columns, end, b, Lq, Lk)
-            if terms.segments is not None:
-                if kind == SEGMENTS:
+            if terms.segments is not None:  # at compile time; the next one at run time
+                if kind == SEGMENTS:  # noqa: SIM102
                     row_code, column_code = _ids(terms.segments, a, batch, rows, columns, Lq, Lk)
             kept = kept & (row_code == column_code)
-        elif kind == DILATED_TOEPLITZ:
-            row_code, column_code = _residues(rows, columns, end, b, Lq, Lk)
+        elif ((CODE >> (4 * T)) & 7) == DILATED_TOEPLITZ:
+            row_code, column_code = _residues(
+                rows, columns, (CODE >> (4 * T + 3)) & 1, _number(terms, 2 * T + 1), Lq, Lk
+            )
             kept = kept & (row_code == column_code)
-        elif kind == SEGMENTS:
-            row_code, column_code = _ids(terms.segments, a, batch, rows, columns, Lq, Lk)
+        elif ((CODE >> (4 * T)) & 7) == SEGMENTS:
+            row_code, column_code = _ids(
+                terms.segments, _number(terms, 2 * T), batch, rows, columns, Lq, Lk
+            )
             kept = kept & (row_code == column_code)
     return kept
 
@@ -246,10 +268,20 @@ def _residues(rows, columns, end, b, Lq, Lk):
 
 @triton.jit
 def _ids(segments, a, batch, rows, columns, Lq, Lk):
-    of_query = segments.query + a.to(tl.int64) * segments.query_term + batch.to(tl.int64) * segments.query_batch
-    of_key = segments.key + a.to(tl.int64) * segments.key_term + batch.to(tl.int64) * segments.key_batch
-    row_code = tl.load(of_query + rows.to(tl.int64) * segments.query_position, mask=rows < Lq, other=0)
-    column_code = tl.load(of_key + columns.to(tl.int64) * segments.key_position, mask=columns < Lk, other=0)
+    of_query = (
+        segments.query
+        + a.to(tl.int64) * segments.query_term
+        + batch.to(tl.int64) * segments.query_batch
+    )
+    of_key = (
+        segments.key + a.to(tl.int64) * segments.key_term + batch.to(tl.int64) * segments.key_batch
+    )
+    row_code = tl.load(
+        of_query + rows.to(tl.int64) * segments.query_position, mask=rows < Lq, other=0
+    )
+    column_code = tl.load(
+        of_key + columns.to(tl.int64) * segments.key_position, mask=columns < Lk, other=0
+    )
     return row_code, column_code
 
 
