@@ -8,21 +8,77 @@ from __future__ import annotations
 
 import torch
 
-_HALF, _SINGLE = "bfloat16", "float32"
 
-# test function -> values of its parameters beside the backend; a missing one is any
+def _cases(dtype: str, *names: str) -> list[dict[str, str]]:
+    return [{"case": name, "dtype": dtype} for name in names]
+
+
+# test function -> values of its parameters beside the backend; one that is not named is any
 SUBSET: dict[str, list[dict[str, str]]] = {
     "test_case": [
-        {"case": "no mask, one row", "dtype": _SINGLE},
+        *_cases(
+            "float32",
+            "no mask, one row", "no mask, one key", "both masks, all full", "mask of one number",
+            "gate", "gate, key weights", "masks of two other dtypes", "more rows than keys",
+            "rows without keys", "hidden by the bias", "dropout, nearly all", "lse alone",
+            "wide scores", "scale of zero", "one pattern a head",
+        ),
+        *_cases(
+            "bfloat16",
+            "no mask", "both masks", "learned scale", "gate in half precision", "float32 masks",
+            "more keys than rows", "shared heads", "one shared head", "windows",
+            "rows without keys", "hidden by the bias", "dropout", "dropout, local",
+            "negative scale", "tiles", "tiles, shared mask", "tiles, keys", "tiles, rows",
+            "tiles, local", "tiles, dilated", "tiles, blocks", "tiles, causal",
+            "one pattern a head",
+        ),
+        *_cases("float16", "both masks", "mask of rows", "gate", "dropout"),
     ],
-}
+    "test_broadcast": [
+        {"use": "multiplier", "axes": axes} for axes in ("bhqk", "1h1k", "b1q1", "11qk", "qk")
+    ]
+    + [{"use": "bias", "axes": axes} for axes in ("1hqk", "11q1", "bh1k", "1111")]
+    + [{"use": "gate", "axes": axes} for axes in ("b1qk", "bh11")],
+    "test_pattern": [{}],
+    "test_head_dims": [{"D": D} for D in ("1", "24", "96", "256")],
+    "test_strides": [
+        {"of": of, "layout": layout, "dtype": "float32"}
+        for of in ("layout", "mask_layout", "grad_layout")
+        for layout in ("sliced", "expanded", "last_strided")
+    ],
+    "test_strides_of_key_mask_and_results": [{}],
+    "test_only_wanted_gradients": [{"dtype": "bfloat16"}],
+    "test_large_scores_lose_no_weight": [{}],
+    # the conventions, one test a row
+    "test_order": [{}],
+    "test_boolean_masks_true_is_seen": [{}],
+    "test_row_that_sees_no_key": [{"dtype": "float32", "dropout_p": "0.0"}],
+    "test_bias_of_minus_infinity": [{"dtype": "bfloat16"}],
+    "test_nan_and_plus_infinity_at_a_visible_pair_propagate": [{}],
+    "test_hidden_pair_is_never_used": [{"dtype": "float32"}],
+    "test_values_of_hidden_keys_do_not_reach_anyone": [{"dtype": "float32"}],
+    "test_multiplier_of_zero_does_not_hide": [{}],
+    "test_gate": [{"dtype": "float32"}],
+    "test_lse": [{"dtype": "float32"}],
+    "test_lse_below_the_range_of_exp": [{}],
+    "test_dtypes": [{"operand": "bfloat16", "dtype": "float16"}],
+    "test_dtypes_must_agree": [{}],
+    "test_autocast": [{}],
+    "test_batch_mates": [{"dtype": "bfloat16"}],
+    "test_offsets_are_64_bit": [{}],
+    "test_layout": [{}],
+    "test_sizes_of_zero": [{"dtype": "float32"}],
+    "test_sizes_of_head_dims": [{}],
+    "test_dropout": [{}],
+    "test_positions": [{}],
+    "test_double_backward": [{}],
+    "test_bad_input": [{"argument": "query"}],
+}  # fmt: skip
 
 
 def left_out(item) -> str:
     """Why an ordinary run leaves this test out, "" when it takes it."""
-    if torch.cuda.is_available() or "interpreted" in item.keywords:
-        return ""
-    if item.path.parent.name == "triton":  # tests of the backend itself
+    if torch.cuda.is_available() or item.path.parent.name == "triton":  # the backend's own tests
         return ""
     given = item.callspec.params
     for wanted in SUBSET.get(item.originalname, ()):

@@ -20,3 +20,11 @@ def choose(kernel: str, device, dtype, D, Dv, Lq, Lk) -> Configuration:
 
 def splits(programs, sharers, mask_elements, operand_elements, device) -> int:
     return max(1, min(sharers, 2, operand_elements // mask_elements))
+
+
+def short_block(device, D: int, Dv: int) -> int:
+    return 32 if device.type == "cpu" else 64
+
+
+def short_warps(block_m: int, block_n: int) -> int:
+    return 4

@@ -1,6 +1,8 @@
 """Masked attention in Triton: which kernels run, with what, in which order.
 
-Forward: one kernel. Backward, each only when somebody wants what it gives:
+Heads whose rows and keys fit in one tile take one kernel each way (masked_attention_short.py), and
+the tiles pass below where a mask is shared. Otherwise forward is one kernel, and backward, each
+only when somebody wants what it gives:
 
     delta     rowsum(dO * O) - dlse, which every pass but dV alone reads
     rows      dQ; row sums for masks without columns
@@ -39,6 +41,7 @@ from .masked_attention_backward import (
     tiles_kernel,
 )
 from .masked_attention_forward import forward_kernel
+from .masked_attention_short import short_backward_kernel, short_forward_kernel
 from .masks import Mask, mask_argument
 from .patterns import Shape, encoded
 from .tiles import Operands, rows_argument
@@ -105,6 +108,23 @@ class _Call(NamedTuple):
             kernel, self.query.device, self.query.dtype, self.D, self.Dv, self.Lq, self.Lk
         )
 
+    def pack(self) -> int:
+        """Heads that one tile takes; 0 where a head does not fit in one."""
+        block = configurations.short_block(self.query.device, self.D, self.Dv)
+        longest = max(self.Lq, self.Lk)
+        if longest > block:
+            return 0
+        # a table of patterns is read for one head a program
+        return 1 if self.shape.CODE < 0 else min(block // longest, 16)
+
+    def short_settings(self, pack: int) -> dict:
+        """Compile-time constants of the short kernels."""
+        block_m, block_n = (_block_of(pack * length) for length in (self.Lq, self.Lk))
+        left_out = ("STEPPED", "HIDES", "EVEN", "num_warps")
+        settings = self.settings(configurations.Configuration(block_m, block_n, 4, 1))
+        settings = {name: value for name, value in settings.items() if name not in left_out}
+        return settings | {"PACK": pack, "num_warps": configurations.short_warps(block_m, block_n)}
+
     def tiles(self, length: int, block: int, step: int | None = None) -> int:
         """Tiles of an axis, those of each residue class on their own."""
         step = self.largest_step if step is None else step
@@ -168,6 +188,15 @@ def masked_attention_fwd(
         query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
         pattern, scale, dropout_p, gate,
     )  # fmt: skip
+    pack = call.pack()
+    if pack:
+        with _on_device(query):
+            launch(
+                short_forward_kernel, triton.cdiv(B * H, pack),
+                call.o, out, lse, scale, *call.dropout, B * H, H, call.group, Lq, Lk,
+                **call.short_settings(pack),
+            )  # fmt: skip
+        return out, lse
     chosen = call.configuration("forward")
     tiles = call.tiles(Lq, chosen.block_m)
     with _on_device(query):
@@ -238,14 +267,19 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
             if source in ("own", "tiles"):
                 grads[at].zero_()
     grad_out = _unit_last_stride(grad_out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    pack = call.pack() if call.group == 1 else 0
+    if pack:
+        _run_short(call, pack, plan, grads, needs, grad_out, grad_lse, out, lse)
+        return
     delta = lse
     if any((*needs[:2], *needs[3:])):
         delta = torch.empty_like(lse)
         block = 64
         launch(
             delta_kernel, B * H * triton.cdiv(Lq, block),
-            out, rows_argument(grad_out), None if grad_lse is None else grad_lse.contiguous(),
-            delta, H, Lq, DV=call.Dv, BLOCK_DV=_block_of(call.Dv), BLOCK_M=block,
+            out, rows_argument(grad_out), grad_lse, delta, H, Lq,
+            DV=call.Dv, BLOCK_DV=_block_of(call.Dv), BLOCK_M=block,
         )  # fmt: skip
     g = Backward(rows_argument(grad_out), lse, delta)
 
@@ -275,6 +309,27 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
             ORDER=_order(call), **settings,
         )  # fmt: skip
         _reduce(sums, grads)
+    if plan.has("tiles"):
+        _run_tiles(call, g, plan, grads)
+
+
+def _run_short(
+    call: _Call, pack: int, plan: _MaskPlan, grads, needs, grad_out, grad_lse, out, lse
+) -> None:
+    """All gradients in one launch, but those of shared masks."""
+    delta = torch.empty_like(lse) if plan.has("tiles") else None
+    g = Backward(rows_argument(grad_out), lse, delta)
+    own, rows_sums = _targets("rows", call.Lq, plan, True, call, grads)
+    along, columns_sums = _targets("columns", call.Lk, plan, False, call, grads)
+    if any(needs[:3]) or set(plan) - {"", "tiles"} or delta is not None:
+        launch(
+            short_backward_kernel, triton.cdiv(call.B * call.H, pack),
+            call.o, g, out, grad_lse, *(grads[at] if needs[at] else None for at in range(3)),
+            own[:2], own[2:], along[2:], call.scale, *call.dropout, call.B * call.H, call.H,
+            call.group, call.Lq, call.Lk, **call.short_settings(pack),
+        )  # fmt: skip
+    _reduce(rows_sums, grads)
+    _reduce(columns_sums, grads)
     if plan.has("tiles"):
         _run_tiles(call, g, plan, grads)
 

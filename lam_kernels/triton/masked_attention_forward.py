@@ -19,8 +19,8 @@ from .tiles import (
 )
 
 _INF = tl.constexpr(float("inf"))
-# Values that change from call to call and must not compile a kernel when they are 1 or divide by 16.
-VARYING = ("seed", "offset", "threshold", "B", "H", "group", "Lq", "Lk", "tiles")
+# They change from call to call: no kernel of their own when they are 1 or a multiple of 16.
+VARYING = ("seed", "offset", "threshold", "B", "H", "group", "tiles", "pairs")
 
 
 @triton.jit(do_not_specialize=VARYING)

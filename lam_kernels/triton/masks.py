@@ -73,8 +73,9 @@ def mask_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
 
 
 @triton.jit
-def mask_gradient_tile(mask, batch, head, rows, columns, Lq, Lk, value, ahead=0):
-    """Stores the gradient of a tile of a mask that has both rows and columns, `ahead` elements
-    behind its own place: a partial sum."""
+def mask_gradient_tile(mask, batch, head, rows, columns, Lq, Lk, value, ahead=0, where=True):
+    """Stores the gradient of a tile of a mask that has both rows and columns, `where` its pairs
+    exist, `ahead` elements behind its own place (a partial sum)."""
     at = _addresses(mask, batch, head, rows, columns) + ahead
-    tl.store(at, value.to(mask.pointer.dtype.element_ty), mask=(rows < Lq) & (columns < Lk))
+    inside = (rows < Lq) & (columns < Lk) & where
+    tl.store(at, value.to(mask.pointer.dtype.element_ty), mask=inside)

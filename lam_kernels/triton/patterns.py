@@ -16,7 +16,8 @@ code. Seen from a column the same holds with rows and columns exchanged (Causal 
 TRANSPOSED. Both bounds grow with i, so the first and the last row of a tile bound the tile.
 
 A tile of rows may be spaced by a dilation; its columns then are too (STEPPED). Positions are 32-bit
-(lengths below availability.MAX_LENGTH, larger parameters mean the same as Lq + Lk), offsets in memory 64-bit.
+(lengths below availability.MAX_LENGTH; larger parameters mean the same as Lq + Lk), offsets in
+memory 64-bit.
 """
 
 from __future__ import annotations
@@ -241,8 +242,8 @@ def codes_agree(
             column_code = (columns * 0).to(tl.int64)
             if kind == DILATED_TOEPLITZ:
                 row_code, column_code = _residues(rows, columns, end, b, Lq, Lk)
-            if terms.segments is not None:  # at compile time; the next one at run time
-                if kind == SEGMENTS:  # noqa: SIM102
+            if terms.segments is not None:  # noqa: SIM102   at compile time, the next at run time
+                if kind == SEGMENTS:
                     row_code, column_code = _ids(terms.segments, a, batch, rows, columns, Lq, Lk)
             kept = kept & (row_code == column_code)
         elif ((CODE >> (4 * T)) & 7) == DILATED_TOEPLITZ:

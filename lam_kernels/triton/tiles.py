@@ -96,9 +96,9 @@ def load_rows(base, stride, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN
 
 @triton.jit
 def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, value):
-    """Into a contiguous [pairs, L, D]."""
+    """Into a contiguous [pairs, L, D]; pair: one number, or one a row."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    at = pointer + (pair.to(tl.int64) * L + row.to(tl.int64)[:, None]) * D + d
+    at = pointer + (pair.to(tl.int64) * L + row)[:, None] * D + d
     tl.store(at, value.to(pointer.dtype.element_ty), mask=(row[:, None] < L) & (d < D))
 
 
@@ -134,8 +134,8 @@ def seen_pairs(
 
 @triton.jit
 def fused_scores(s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
-    """(F, Z, visible) of python_ref: F = S * M + A, or S * M where A is a gate. HIDES: `seen` is
-    not everything."""
+    """(F, Z, visible) as in the formulas of the op's reference: F = S * M + A, or S * M where A is a
+    gate. HIDES: `seen` is not everything."""
     f = s
     visible = seen
     if multiplier is not None:

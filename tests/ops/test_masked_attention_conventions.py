@@ -51,6 +51,7 @@ def test_order(backend):
 
 def test_boolean_masks_true_is_seen(backend):
     q, k, v = qkv()
+    v = v.bfloat16().float()  # products of three tf32 parts give these back exactly
     seen = torch.zeros(2, 7, dtype=torch.bool)
     seen[:, 3] = True
     wanted = v[:, :, 3:4].expand(2, 2, 5, 8)
@@ -482,8 +483,9 @@ def test_positions(backend):
 
 
 def test_double_backward(backend):
-    q, k, v = (x.double() for x in qkv())
-    mask = torch.ones(2, 1, 5, 7, dtype=torch.float64, requires_grad=True)
+    dtype = torch.float64 if "float64" in BY_NAME[backend].dtypes else torch.float32
+    q, k, v = (x.to(dtype) for x in qkv())
+    mask = torch.ones(2, 1, 5, 7, dtype=dtype, requires_grad=True)
 
     def loss(mask, q=q):
         return masked_attention(q, k, v, multiplier=mask, backend=backend).sin().sum()

@@ -1,0 +1,131 @@
+"""The interpreter is right where the stock one is not, and its checks find planted faults."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import check
+
+from lam_kernels.triton import availability
+from python_ref.inputs import Problem
+
+pytestmark = [
+    pytest.mark.backend("triton"),
+    pytest.mark.skipif(not availability.interpreting(), reason="only with TRITON_INTERPRET=1"),
+]
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+N = tl.constexpr(16)
+
+
+@triton.jit
+def product(a, b, c, PRECISION: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    x = tl.dot(tl.load(a + at), tl.load(b + at), input_precision=PRECISION)
+    tl.store(c + at, x.to(c.dtype.element_ty))
+
+
+@triton.jit
+def add_one(x, n, MASKED: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    if MASKED:
+        tl.store(x + i, tl.load(x + i, mask=i < n) + 1, mask=i < n)
+    else:
+        tl.store(x + i, 1.0)
+
+
+@triton.jit
+def read_all(x, y, n, MASKED: tl.constexpr):
+    i = tl.arange(0, N)
+    if MASKED:
+        tl.store(y + tl.program_id(0), tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
+    else:
+        tl.store(y + tl.program_id(0), tl.sum(tl.load(x + i)))
+
+
+@triton.jit
+def same_element(x):
+    tl.store(x, tl.program_id(0).to(tl.float32))
+
+
+@triton.jit
+def neighbour(x, y):
+    """Each program reads what the next one writes."""
+    tl.store(y + tl.program_id(0), tl.load(x + tl.program_id(0) + 1))
+    tl.store(x + tl.program_id(0), 0.0)
+
+
+@pytest.fixture
+def interpreter():
+    from lam_kernels.triton import interpreter
+
+    interpreter.install()
+    return interpreter
+
+
+def test_bfloat16_products_round_to_nearest_even(interpreter):
+    a, b = (torch.randn(16, 16, dtype=torch.bfloat16) for _ in range(2))
+    c = torch.empty(16, 16, dtype=torch.bfloat16)
+    product[(1,)](a, b, c, "ieee")
+    assert torch.equal(c, (a.float() @ b.float()).bfloat16())
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("ieee", 23), ("tf32x3", 20), ("tf32", 10)])
+def test_precision_of_float32_products(interpreter, precision, bits):
+    a, b, c = (torch.randn(16, 16) for _ in range(3))
+    product[(1,)](a, b, c, precision)
+    size = a.abs().double() @ b.abs().double()
+    error = float(((c - a.double() @ b.double()).abs() / size).max())
+    assert 2.0 ** -(bits + 8) < error < 2.0**-bits
+
+
+FAULTS = {
+    "write past the end": (add_one, 2, lambda: (torch.zeros(20), 20, False), "writes 12 elements"),
+    "read past the end": (
+        read_all,
+        1,
+        lambda: (torch.zeros(12), torch.zeros(1), 12, False),
+        "reads 4 elements outside",
+    ),
+    "two programs write": (same_element, 3, lambda: (torch.zeros(1),), "that program 0 writes"),
+    "one reads, one writes": (
+        neighbour,
+        4,
+        lambda: (torch.zeros(5), torch.zeros(4)),
+        "that another reads",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_found(interpreter, fault):
+    kernel, programs, arguments, words = FAULTS[fault]
+    with interpreter.checked(), pytest.raises(interpreter.KernelFault, match=words):
+        kernel[(programs,)](*arguments())
+
+
+def test_right_kernels_pass_the_checks(interpreter):
+    with interpreter.checked():
+        add_one[(2,)](torch.zeros(20), 20, True)
+        read_all[(3,)](torch.zeros(12), torch.zeros(3), 12, True)
+
+
+CHECKED = {
+    "shared masks": Problem(B=2, H=2, Lq=35, Lk=20, D=24, multiplier="11qk", bias="b1qk"),
+    "own masks": Problem(Lq=20, Lk=35, Dv=8, multiplier="bhqk", bias="bh1k", attn_mask="b1q1"),
+    "sums": Problem(H=4, Hkv=2, Lq=35, D=8, multiplier="1111", bias="1h1k", key_mask=True),
+    "dilated": Problem(Lq=40, D=8, multiplier="11qk", pattern="DilatedToeplitz(30, 2)"),
+    "patterns": Problem(
+        H=3, Lq=35, D=8, bias="1hqk", dropout_p=0.2, pattern=("Causal()", "Segments(3)", None)
+    ),
+    "only keys": Problem(Lq=20, D=8, multiplier="bhqk", grads="km"),
+    "only masks": Problem(Lq=20, D=8, multiplier="bhqk", bias="1hqk", grads="mb"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_kernels_touch_only_what_is_theirs(interpreter, case):
+    with interpreter.checked():
+        check(CHECKED[case], "triton")
