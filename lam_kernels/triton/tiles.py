@@ -134,8 +134,8 @@ def seen_pairs(
 
 @triton.jit
 def fused_scores(s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
-    """(F, Z, visible) as in the formulas of the op's reference: F = S * M + A, or S * M where A is a
-    gate. HIDES: `seen` is not everything."""
+    """(F, Z, visible) of the op's formulas: F = S * M + A, or S * M where A is a gate. HIDES: `seen`
+    is not everything."""
     f = s
     visible = seen
     if multiplier is not None:

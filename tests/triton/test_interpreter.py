@@ -74,11 +74,13 @@ def test_bfloat16_products_round_to_nearest_even(interpreter):
 
 @pytest.mark.parametrize(("precision", "bits"), [("ieee", 23), ("tf32x3", 20), ("tf32", 10)])
 def test_precision_of_float32_products(interpreter, precision, bits):
+    """Not worse than the name says, and tf32 not better."""
     a, b, c = (torch.randn(16, 16) for _ in range(3))
     product[(1,)](a, b, c, precision)
     size = a.abs().double() @ b.abs().double()
     error = float(((c - a.double() @ b.double()).abs() / size).max())
-    assert 2.0 ** -(bits + 8) < error < 2.0**-bits
+    assert error < 2.0**-bits
+    assert precision != "tf32" or error > 2.0**-14
 
 
 FAULTS = {
