@@ -29,14 +29,14 @@ def cpu_service(op: str, limits: Callable[..., list[str]] | None = None) -> Serv
     return Service(load, limits)
 
 
-def triton_service(op: str) -> Service:
+def triton_service(op: str, limits: Callable[..., list[str]] = availability.limits) -> Service:
     """OP_fwd and OP_bwd of lam_kernels/triton/OP.py."""
 
     def load() -> Kernels:
         kernels = importlib.import_module(f"..triton.{op}", __package__)
         return Kernels(*(getattr(kernels, f"{op}_{direction}") for direction in ("fwd", "bwd")))
 
-    return Service(load, availability.limits)
+    return Service(load, limits)
 
 
 def reference_service(op: str) -> Service:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..low_rank_mask import LowRankMask
 from ..patterns import Pattern, encode
+from ..triton import availability
 from . import _backends, _checks
 from ._autograd import refuse_double_backward
 from ._backends import Explanation, Services
@@ -258,7 +259,7 @@ KERNELS = Services(
     "masked_attention",
     {
         "cpu": cpu_service("masked_attention"),
-        "triton": triton_service("masked_attention"),
+        "triton": triton_service("masked_attention", availability.masked_attention_limits),
         "reference": reference_service("masked_attention"),
     },
 )

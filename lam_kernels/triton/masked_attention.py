@@ -174,8 +174,8 @@ def _on_device(tensor: Tensor):
 
 
 def masked_attention_fwd(
-    query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
-    pattern, scale, dropout_p, gate,
+    query, key, value, multiplier, bias, _multiplier_columns, _multiplier_offset, _bias_columns,
+    _bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op's forward with the op's own arguments."""
     B, H, Lq, _ = query.shape
@@ -209,11 +209,13 @@ def masked_attention_fwd(
 
 
 def masked_attention_bwd(
-    grad_out, grad_lse, query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids,
-    rng_state, out, lse, pattern, scale, dropout_p, gate, needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out, grad_lse, query, key, value, multiplier, bias, multiplier_columns, multiplier_offset,
+    bias_columns, bias_offset, attn_mask, key_mask, segment_ids, rng_state, out, lse, pattern,
+    scale, dropout_p, gate, needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The op's backward; a gradient that `needs` does not ask for is empty, and not computed."""
-    operands = (query, key, value, multiplier, bias)
+    factors = (multiplier_columns, multiplier_offset, bias_columns, bias_offset)
+    operands = (query, key, value, multiplier, bias, *factors)
     if lse.numel() == 0 or key.shape[2] == 0:
         return tuple(_zeros(x, query, wanted) for x, wanted in zip(operands, needs, strict=True))
     call = _call(
@@ -260,7 +262,10 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
     """Fills grads."""
     B, H, Lq, Lk = call.B, call.H, call.Lq, call.Lk
     plan = _MaskPlan(
-        *(_source(mask, wanted, call) for mask, wanted in zip(operands[3:], needs[3:], strict=True))
+        *(
+            _source(mask, wanted, call)
+            for mask, wanted in zip(operands[3:5], needs[3:5], strict=True)
+        )
     )
     if call.shape.N_TERMS:  # tiles that no head sees are never visited
         for at, source in enumerate(plan, start=3):

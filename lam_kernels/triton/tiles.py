@@ -134,7 +134,7 @@ def seen_pairs(
 
 @triton.jit
 def fused_scores(s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
-    """(F, Z, visible) of the op's formulas: F = S * M + A, or S * M where A is a gate. HIDES: `seen`
+    """(F, Z, visible) of the formulas: F = S * M + A, or S * M where A is a gate. HIDES: `seen`
     is not everything."""
     f = s
     visible = seen
