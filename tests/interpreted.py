@@ -79,7 +79,9 @@ SUBSET: dict[str, list[dict[str, str]]] = {
 
 def left_out(item) -> str:
     """Why an ordinary run leaves this test out, "" when it takes it."""
-    if torch.cuda.is_available() or item.path.parent.name == "triton_kernels":  # the backend's own tests
+    if (
+        torch.cuda.is_available() or item.path.parent.name == "triton_kernels"
+    ):  # the backend's own tests
         return ""
     given = item.callspec.params if item.path.stem in FILES else {}
     for wanted in SUBSET.get(item.originalname, ()) if given else ():
