@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lam_kernels.low_rank_mask import LowRankMask
 from lam_kernels.patterns import Pattern
 
 
@@ -12,8 +13,8 @@ def attention_weights(
     query: Tensor,  # [B, H, Lq, D]
     key: Tensor,  # [B, H, Lk, D]
     *,
-    multiplier: Tensor | None = None,  # [Lq, Lk] or 4-D, each axis full or 1
-    bias: Tensor | None = None,  # the same
+    multiplier: Tensor | LowRankMask | None = None,  # [Lq, Lk] or 4-D, each axis full or 1
+    bias: Tensor | LowRankMask | None = None,  # the same
     pattern: Pattern | None = None,
     attn_mask: Tensor | None = None,  # bool
     key_mask: Tensor | None = None,  # bool [B, Lk]
@@ -27,9 +28,9 @@ def attention_weights(
     dtype = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * query.shape[-1] ** -0.5
     if multiplier is not None:
-        scores = scores * multiplier.to(dtype)
+        scores = scores * _dense(multiplier).to(dtype)
     if bias is not None:
-        scores = scores + bias.to(dtype)
+        scores = scores + _dense(bias).to(dtype)
     visible = visible_pairs(pattern, Lq, Lk, query.device)
     if attn_mask is not None:
         visible = visible & attn_mask
@@ -38,6 +39,10 @@ def attention_weights(
     scores = scores.masked_fill(~visible, -torch.inf)
     seen = (scores != -torch.inf).any(-1, keepdim=True)  # the mask too may hide a pair
     return torch.softmax(torch.where(seen, scores, 0.0), dim=-1) * seen
+
+
+def _dense(mask: Tensor | LowRankMask) -> Tensor:
+    return mask.dense() if isinstance(mask, LowRankMask) else mask
 
 
 def visible_pairs(pattern, Lq: int, Lk: int, device) -> Tensor:

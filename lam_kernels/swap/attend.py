@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lam_kernels
+from lam_kernels.low_rank_mask import LowRankMask
 from lam_kernels.patterns import Causal, DilatedToeplitz, Intersection, Pattern, Toeplitz
 
 from .learned_mask import MaskSource, check_positions, check_right_padded
@@ -84,6 +85,8 @@ def fused_operands(
     mask = source.take(module, tokens)
     if source.fusion == "mul":
         return mask, bias, None
+    if bias is not None and isinstance(mask, LowRankMask):
+        mask = mask.dense()  # there is one bias operand, and both are meant for it
     if source.fusion == "add":
         return None, mask if bias is None else mask + bias, None
     return None, None, mask if bias is None else mask * bias.exp()  # log(M e^b) = log M + b

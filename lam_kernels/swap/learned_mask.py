@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lam_kernels.low_rank_mask import LowRankMask
 from lam_kernels.nn.learnable_attention_mask import LearnableAttentionMask
 
 
@@ -24,7 +25,7 @@ class LearnedMask:
         max_len: longest sequence, in tokens as the attention modules see them.
         scope: "layer" (each module reads its own input, the paper's main results) or "global" (the
             first module's generator serves all of them; not with gradient checkpointing).
-        fusion, depth, hidden, activation: see lam_kernels.nn.LearnableAttentionMask.
+        fusion, depth, hidden, activation, mask_form: see lam_kernels.nn.LearnableAttentionMask.
         heads: "shared" (one mask for all heads, as in the paper) or "each".
     """
 
@@ -35,6 +36,7 @@ class LearnedMask:
     hidden: int | None = None
     heads: str = "shared"
     activation: str | None = None
+    mask_form: str = "auto"
 
     def __post_init__(self):
         if type(self.max_len) is not int or self.max_len < 1:
@@ -57,6 +59,7 @@ class LearnedMask:
             heads=heads if self.heads == "each" else 1,
             fusion=self.fusion,
             activation=self.activation,
+            mask_form=self.mask_form,
             **place,
         )
 
@@ -65,7 +68,7 @@ class SharedMask:
     """The mask of a global LAM between the module that makes it and those that use it."""
 
     def __init__(self):
-        self.mask: Tensor | None = None
+        self.mask: Tensor | LowRankMask | None = None
 
     def __reduce__(self):  # a copied or pickled model starts without the mask of a past batch
         return SharedMask, ()
@@ -80,7 +83,7 @@ class MaskSource:
     shared: SharedMask | None = None  # scope "global"
     tokens: Tensor | None = None  # caught on the way in, where the op is called too far inside
 
-    def take(self, module: nn.Module, tokens: Tensor | None) -> Tensor:
+    def take(self, module: nn.Module, tokens: Tensor | None) -> Tensor | LowRankMask:
         """M of this forward pass, [B, 1|H, L, L]."""
         tokens, self.tokens = (self.tokens if tokens is None else tokens), None
         if self.shared is None:
