@@ -2,7 +2,7 @@
 
 from ._version import __version__
 from .low_rank_mask import LowRankMask
-from .ops import backends, explain, lam_attention, masked_attention
+from .ops import backends, explain, lam_attention, masked_attention, window_attention
 from .patterns import BlockDiagonal, Causal, DilatedToeplitz, Segments, Toeplitz
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "explain",
     "lam_attention",
     "masked_attention",
+    "window_attention",
 ]

@@ -15,7 +15,11 @@ import lam_kernels
 ROOT = Path(__file__).resolve().parent.parent
 
 # op -> the file stem that it has in every room
-OPS = {"masked_attention": "masked_attention", "lam_attention": "masked_attention"}
+OPS = {
+    "masked_attention": "masked_attention",
+    "lam_attention": "masked_attention",
+    "window_attention": "masked_attention",
+}
 NOT_OPS = {"backends", "explain"}
 
 # folder, suffixes -> the most lines of a file
@@ -84,7 +88,7 @@ def test_docstring_answers_its_questions(op):
     flat = " ".join(text.split())
     assert re.search(r"^ {4}.*softmax", text, re.M), "no formula"
     assert re.search(r"arXiv \d{4}\.\d{5}", text), "no source"
-    if op == "lam_attention":
+    if OPS[op] != op:
         assert "masked_attention" in text
     else:
         for word in ("Args:", "Returns:", "Raises:", "Numerics:", "sees no key", "float32", "256"):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import lam_kernels
 from lam_kernels.low_rank_mask import LowRankMask
 
+from .attention_weights import attention_weights, visible_pairs
 from .learnable_attention_mask import LearnableAttentionMask
 
 FUSIONS = ("mul", "add", "gate")
@@ -118,20 +119,13 @@ class LAMSelfAttention(nn.Module):
 
         Plain torch; stores [B, H, L, L]; no dropout. A row that sees no key is 0.
         """
-        length = x.shape[1]
         query, key, _ = self._project(x)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * self.head_dim**-0.5
-        if mask is not None:
-            mask = (mask.dense() if isinstance(mask, LowRankMask) else mask).to(dtype)
-            if self.fusion == "mul":
-                scores = scores * mask
-            else:
-                scores = scores + (mask.log() if self.fusion == "gate" else mask)
-        visible = self._visible(length, key_mask, x.device)
-        scores = scores.masked_fill(~visible, -torch.inf)
-        seen = (scores != -torch.inf).any(-1, keepdim=True)  # the mask too may hide a pair
-        return torch.softmax(torch.where(seen, scores, 0.0), dim=-1) * seen
+        multiplier, bias = (mask, None) if self.fusion == "mul" else (None, mask)
+        if self.fusion == "gate" and mask is not None:
+            bias = mask.log()  # no LowRankMask: the op refuses a gate by factors
+        return attention_weights(
+            query, key, multiplier=multiplier, bias=bias, pattern=self.pattern, key_mask=key_mask
+        )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
@@ -141,14 +135,7 @@ class LAMSelfAttention(nn.Module):
 
     def _visible(self, length: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
         """What pattern and key_mask keep: bool [L, L] or [1|B, 1|H, L, L]."""
-        visible = torch.ones(length, length, dtype=torch.bool, device=device)
-        if self.pattern is not None:
-            patterns = self.pattern if isinstance(self.pattern, list | tuple) else [self.pattern]
-            shown = [
-                p.dense(length, length).to(device) if p is not None else visible for p in patterns
-            ]
-            shown = [s.reshape(-1, length, length) for s in shown]
-            visible = torch.stack(torch.broadcast_tensors(*shown), dim=1)
+        visible = visible_pairs(self.pattern, length, length, device)
         return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
     def _mask(self, x, mask, mask_input, key_mask) -> Tensor | LowRankMask | None:

@@ -51,8 +51,9 @@ def test_a_full_disk_behind_standard_output_is_one_sentence():
 
 def test_nothing_optional_is_imported_for_help():
     program = (
-        "import sys, lam_kernels.nn, lam_kernels.__main__ as m; m._parser();"
-        "print([n for n in ('sklearn', 'matplotlib', 'PIL', 'safetensors') if n in sys.modules])"
+        "import sys, lam_kernels.nn, lam_kernels.swap, lam_kernels.__main__ as m; m._parser();"
+        "names = ('sklearn', 'matplotlib', 'PIL', 'safetensors', 'transformers', 'peft', 'timm');"
+        "print([n for n in names if n in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr

@@ -1,0 +1,355 @@
+"""swap() itself: the report as data, undo to the bit, nesting, strictness, refusals, check."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lam_kernels import BlockDiagonal, Toeplitz
+from lam_kernels.nn import LAMSelfAttention
+from lam_kernels.swap import LearnedMask, swap
+from lam_kernels.swap.report import SwapError
+
+
+class Model(nn.Module):
+    """Two encoder layers and a projection."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x, padding=None):
+        return self.head(self.encoder(x, src_key_padding_mask=padding))
+
+
+class OddAttention(nn.Module):
+    def forward(self, x):
+        return x
+
+
+class OwnAttention(nn.MultiheadAttention):
+    pass
+
+
+NAMES = ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+
+
+def inputs():
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    return {"x": torch.randn(2, 6, 16), "padding": padding}
+
+
+def state(model):
+    """Everything of every module that a swap could leave behind, by identity."""
+    found = {}
+    for name, module in model.named_modules():
+        found[name] = (type(module), id(module))
+        for key, value in module.__dict__.items():
+            if isinstance(value, dict):
+                value = tuple((k, id(v)) for k, v in value.items())
+            found[name, key] = value if isinstance(value, tuple | bool | int | float) else id(value)
+    return found
+
+
+def test_report_is_data_and_a_table():
+    model = Model()
+    report = swap(model)
+    assert report.changed == dict.fromkeys(NAMES, "masked_attention")
+    assert report.skipped == {}
+    assert str(report).splitlines() == [
+        "Model: 2 attention modules fused, 0 stay",
+        "| module                     | now   | how, or why not  |",
+        "| -------------------------- | ----- | ---------------- |",
+        "| encoder.layers.0.self_attn | fused | masked_attention |",
+        "| encoder.layers.1.self_attn | fused | masked_attention |",
+    ]
+
+
+@pytest.mark.parametrize("learned", [None, LearnedMask(8), LearnedMask(8, scope="global")])
+@pytest.mark.parametrize("pattern", [None, Toeplitz(2)])
+def test_undo_restores_everything(learned, pattern):
+    model = Model().eval()
+    batch = inputs()
+    calls = []
+    model.encoder.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parameters = [id(p) for p in model.parameters()]
+    before, values = state(model), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(**batch)
+    report = swap(model, learned_mask=learned, patterns=pattern)
+    assert state(model) != before
+    model(**batch)
+    assert len(calls) == 2  # hooks stay and run
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == parameters
+    report.undo()
+    assert state(model) == before
+    assert [id(p) for p in model.parameters()] == parameters
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, values[key])
+    with torch.no_grad():
+        assert torch.equal(model(**batch), expected)
+
+
+def test_undo_keeps_what_was_trained():
+    model, batch = Model(), inputs()
+    report = swap(model, learned_mask=LearnedMask(8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**batch).square().mean().backward()
+    optimizer.step()
+    trained = {k: v.clone() for k, v in model.state_dict().items() if ".lam." not in k}
+    lam = copy.deepcopy(model.encoder.layers[0].self_attn.lam.state_dict())
+    report.undo()
+    assert list(model.state_dict()) == list(trained)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, trained[key])
+    report.apply()  # and back, with the mask as it was
+    for key, value in model.encoder.layers[0].self_attn.lam.state_dict().items():
+        assert torch.equal(value, lam[key])
+
+
+def test_checkpoints_load_both_ways():
+    plain, swapped = Model(), Model()
+    swap(swapped)
+    assert list(plain.state_dict()) == list(swapped.state_dict())
+    swapped.load_state_dict(plain.state_dict())
+    plain.load_state_dict(swapped.state_dict())
+    masked = Model()
+    swap(masked, learned_mask=LearnedMask(8))
+    added = set(masked.state_dict()) - set(plain.state_dict())
+    assert added == {f"{n}.lam.layers.0.{p}" for n in NAMES for p in ("weight", "bias")}
+    assert not masked.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+
+
+def test_context_manager():
+    model = Model()
+    before = state(model)
+    with swap(model) as report:
+        assert state(model) != before
+        assert report.changed
+    assert state(model) == before
+    with pytest.raises(ZeroDivisionError), swap(model):
+        raise ZeroDivisionError
+    assert state(model) == before
+    with swap(model) as report:
+        report.undo()  # by hand: the end of the block has nothing left to do
+    with pytest.raises(RuntimeError, match="undone already"):
+        report.undo()
+    report.apply()
+    with pytest.raises(RuntimeError, match="in place already"):
+        report.apply()
+
+
+def test_nested_swaps_are_undone_in_order(spy):
+    model, batch = Model().eval(), inputs()
+    before = state(model)
+    outer = swap(model, backend="reference", patterns=Toeplitz(3))
+    between = state(model)
+    inner = swap(model, backend="cpu", learned_mask=LearnedMask(8))
+    with spy() as seen:
+        model(**batch)
+    assert seen.backends == {"cpu"}
+    with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn was swapped again later"):
+        outer.undo()
+    third = swap(model)  # names nothing: keeps the backend, the pattern and the learned mask
+    settings = model.encoder.layers[0].self_attn.lam_swap
+    assert (settings.backend, settings.pattern) == ("cpu", Toeplitz(3))
+    assert settings.source is not None
+    third.undo()
+    inner.undo()
+    assert state(model) == between
+    outer.undo()
+    assert state(model) == before
+
+
+def test_a_second_learned_mask_is_not_taken():
+    model = Model()
+    swap(model, learned_mask=LearnedMask(8))
+    with pytest.warns(UserWarning, match="nothing to swap"):
+        report = swap(model, learned_mask=LearnedMask(8))
+    assert set(report.skipped.values()) == {"it has a learned mask from an earlier swap"}
+
+
+def test_parts_of_a_model():
+    model = Model()
+    report = swap(model.encoder.layers[1])
+    assert list(report.changed) == ["self_attn"]
+    assert type(model.encoder.layers[0].self_attn) is nn.MultiheadAttention
+    alone = nn.MultiheadAttention(16, 2)
+    assert list(swap(alone).changed) == [""]
+    assert "| SwappedMultiheadAttention | fused" in str(swap(alone))
+
+
+def test_nothing_to_swap_says_so():
+    with pytest.warns(UserWarning, match="Linear: no attention module found"):
+        report = swap(nn.Linear(2, 2))
+    assert (report.changed, report.skipped) == ({}, {})
+    with pytest.raises(SwapError, match="no attention module found"):
+        swap(nn.Linear(2, 2), strict=True)
+
+
+def test_everything_that_stays_is_named():
+    model = nn.ModuleDict(
+        {
+            "fine": nn.MultiheadAttention(16, 2),
+            "kv": nn.MultiheadAttention(16, 2, add_bias_kv=True),
+            "zero": nn.MultiheadAttention(16, 2, add_zero_attn=True),
+            "wide": nn.MultiheadAttention(600, 2),
+            "own": OwnAttention(16, 2),
+            "odd": OddAttention(),
+            "ours": LAMSelfAttention(16, 2),
+            "hooked": nn.MultiheadAttention(16, 2),
+            "integers": nn.MultiheadAttention(16, 2),
+        }
+    )
+    model["hooked"].forward = model["hooked"].forward
+    model["integers"].requires_grad_(False)
+    for parameter in model["integers"].parameters():
+        parameter.data = parameter.data.to(torch.int8)
+    before = state(model)
+    with pytest.raises(SwapError, match="strict=True"):
+        swap(model, strict=True)
+    assert state(model) == before
+    report = swap(model)
+    assert list(report.changed) == ["fine"]
+    expected = {
+        "kv": "add_bias_kv=True",
+        "zero": "add_zero_attn=True",
+        "wide": "head dim is 300",
+        "own": "subclass of nn.MultiheadAttention",
+        "odd": "OddAttention is not known to lam_kernels",
+        "ours": "has the fused op already",
+        "hooked": "its forward was replaced on the instance",
+        "integers": "its weights are torch.int8",
+    }
+    assert set(report.skipped) == set(expected)
+    for name, reason in expected.items():
+        assert reason in report.skipped[name], name
+
+
+def test_a_backend_that_cannot_serve_is_the_reason():
+    missing = [name for name, why in __import__("lam_kernels").backends().items() if why]
+    if not missing:
+        pytest.skip("every backend is available here")
+    with pytest.warns(UserWarning, match="nothing to swap"):
+        report = swap(Model(), backend=missing[0])
+    assert all(missing[0] in why for why in report.skipped.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learned_mask": 8}, "learned_mask must be a LearnedMask or None, got int"),
+        ({"patterns": "Causal"}, "patterns must be"),
+        ({"patterns": {"nothing.*": Toeplitz(1)}}, "no module is called 'nothing"),
+        ({"backend": "fast"}, "backend must be one of cpu"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        swap(Model(), **options)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        swap([])
+
+
+def test_patterns_by_name_and_by_head():
+    model, batch = Model().eval(), inputs()
+    report = swap(model, patterns={"encoder.layers.0.*": [Toeplitz(1), None, None, Toeplitz(2)]})
+    assert report.changed[NAMES[0]] == "masked_attention; pattern"
+    assert report.changed[NAMES[1]] == "masked_attention"
+    assert torch.isfinite(model(**batch)).all()
+    report.undo()
+    with pytest.warns(UserWarning, match="nothing to swap"):
+        report = swap(model, patterns=[Toeplitz(1), None])
+    assert "expected one for each of 4 heads" in report.skipped[NAMES[0]]
+
+
+def test_copies_and_pickles(spy):
+    model, batch = Model().eval(), inputs()
+    swap(model, learned_mask=LearnedMask(8, scope="global"))
+    expected = model(**batch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with spy() as seen:
+            assert torch.equal(other(**batch), expected)
+        assert seen.forwards == 2
+
+
+# ---- check
+
+
+def test_check_passes_and_is_printed(capsys):
+    model = Model().train()
+    report = swap(model)
+    found = report.check(inputs())
+    assert found.ok
+    assert {row.module for row in found.rows} == {*NAMES, "(model)", "(all others)"}
+    out = capsys.readouterr().out
+    assert out.strip() == str(found)
+    assert "the same function as the untouched model" in out
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_check_in_other_dtypes(dtype):
+    model, batch = Model().to(dtype), inputs()
+    batch["x"] = batch["x"].to(dtype)
+    assert swap(model).check(batch).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fault", ["scale", "padding", "gradient"])
+def test_check_finds_planted_faults(fault, dtype, monkeypatch):
+    import lam_kernels
+
+    right = lam_kernels.masked_attention
+
+    def wrong(query, key, value, **options):
+        if fault == "scale":
+            options["scale"] = 1.001 * query.shape[-1] ** -0.5
+        elif fault == "padding":
+            options["bias"] = options["bias"].clamp(min=-5)
+        elif fault == "gradient":
+            value = value.detach() + 0.999 * (value - value.detach())
+        return right(query, key, value, **options)
+
+    model, batch = Model().to(dtype), inputs()
+    batch["x"] = batch["x"].to(dtype)
+    report = swap(model)
+    monkeypatch.setattr(lam_kernels, "masked_attention", wrong)
+    found = report.check(batch)
+    assert not found.ok
+    assert "NOT the same function" in str(found)
+    assert not found.worst.ok
+
+
+def test_check_of_another_function_asks_for_the_reference():
+    model, batch = Model(), inputs()
+    with swap(model, patterns=BlockDiagonal(2)) as report:
+        with pytest.raises(ValueError, match="a pattern hides pairs"):
+            report.check(batch)
+        assert report.check(batch, against="reference").ok
+    with swap(model, learned_mask=LearnedMask(8)) as report:
+        assert report.check(batch).ok  # still the identity
+        nn.init.normal_(model.encoder.layers[0].self_attn.lam.layers[-1].weight)
+        with pytest.raises(ValueError, match="no longer the identity"):
+            report.check(batch)
+        assert report.check(batch, against="reference").ok
+        with pytest.raises(ValueError, match="against must be"):
+            report.check(batch, against="sdpa")
+
+
+def test_check_takes_any_kind_of_batch():
+    model = Model()
+    report = swap(model)
+    x = torch.randn(2, 6, 16)
+    assert report.check(x).ok
+    assert report.check((x,)).ok
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no tensor with a gradient"):
+        report.check(x)
