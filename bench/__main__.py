@@ -1,4 +1,4 @@
-"""python -m bench: run | list | table. Each command is a page of its own."""
+"""python -m bench: run | report | compare | list | table. Each command is a page of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import record, request, run
+from . import compare, record, report, request, run
 from .cases import SECTIONS, SETS, select
 
 _EPILOG = """\
@@ -39,6 +39,23 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     request.add_arguments(measuring)
     measuring.set_defaults(do=run.run)
+
+    comparing = commands.add_parser(
+        "compare", help="what got faster or slower between two runs, or since a commit",
+        description="What of ours got faster or slower, with the noise taken into account.",
+        epilog=compare.EPILOG, formatter_class=raw,
+    )  # fmt: skip
+    compare.add_arguments(comparing)
+    request.add_arguments(comparing)
+    comparing.set_defaults(do=compare.compare)
+
+    reporting = commands.add_parser(
+        "report", help="plots, one HTML page, the README's table",
+        description="Plots and one page from a results file.", epilog=report.EPILOG,
+        formatter_class=raw,
+    )  # fmt: skip
+    report.add_arguments(reporting)
+    reporting.set_defaults(do=report.report)
 
     table = commands.add_parser("table", help="markdown table from a results file")
     table.add_argument("--results", type=Path, help="default: the newest in bench/results")

@@ -90,7 +90,7 @@ def measure(case: Case, dtype: str, direction: str, settings: Settings, peak: di
     if why_not:
         return [head | {"label": _sizes(case), "contender": "ours", "missing": why_not}]
     page, problem = ops.page(case.op), problem_of(case, dtype)
-    head |= {"label": page.label(problem), "problem": repr(problem)}
+    head |= {"label": page.label(problem), "problem": repr(problem), "length": problem.Lq}
     names = _contenders(case, page, problem, direction, settings)
     goals = case.goals_of(dtype, direction)
     if case.measure == "memory":

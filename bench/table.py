@@ -6,7 +6,12 @@ from collections.abc import Iterable
 
 from .cases import SECTIONS
 
-_DIRECTIONS = {"fwd": "forward", "both": "forward + backward", "call": "forward, gradients on"}
+_DIRECTIONS = {
+    "fwd": "forward",
+    "bwd": "backward",
+    "both": "forward + backward",
+    "call": "forward, gradients on",
+}
 
 
 def choose_run(rows: list[dict], run_id: str | None = None) -> list[dict]:
@@ -43,6 +48,66 @@ def render(rows: list[dict], run_id: str | None = None) -> str:
             parts += [f"**{title}**", _section(mine)]
     parts.append(_summary(rows))
     return "\n\n".join(parts) + "\n"
+
+
+def render_short(rows: list[dict]) -> str:
+    """The README's table: a line a case, ours beside what one would use otherwise."""
+    parts = [_origin(rows)]
+    for section, title in SECTIONS.items():
+        mine = [row for row in rows if row.get("section") == section]
+        groups: dict[tuple, dict[str, dict]] = {}
+        for row in mine:
+            key = (row["case"], row["dtype"], row["direction"], row["allocator"], row["threads"])
+            groups.setdefault(key, {})[row["contender"]] = row
+        if groups:
+            memory = any(row["measure"] == "memory" for row in mine)
+            parts += [f"**{title}**", (_short_memory if memory else _short_times)(groups)]
+    dropped, taken = (sum(row.get(name, 0) for row in rows) for name in ("dropped", "samples"))
+    parts.append(
+        f"Samples used: {taken}; dropped because other work kept our threads waiting: {dropped}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _names(groups: dict[tuple, dict[str, dict]]) -> list[str]:
+    return list(dict.fromkeys(n for group in groups.values() for n in group if n != "ours"))
+
+
+def _lines(head: list[str], body: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
+
+
+def _short_times(groups: dict[tuple, dict[str, dict]]) -> str:
+    """Ours in ms, its share of torch.mm, and ours / each contender."""
+    names = _names(groups)
+    body = []
+    for (case, dtype, direction, *_), group in groups.items():
+        mine = group.get("ours", {})
+        first = next(iter(group.values()))
+        cells = [f"{case}: {first['label']}, {_DIRECTIONS[direction]}", dtype]
+        if "median_ms" in mine:
+            share = f"{mine['share_of_matmul']:.0%}" if "share_of_matmul" in mine else ""
+            cells += [("~" if mine["disturbed"] else "") + f"{mine['median_ms']:.3g}", share]
+        else:
+            cells += [mine.get("missing") or mine.get("error", ""), ""]
+        for name in names:
+            row = group.get(name, {})
+            cells.append("fails" if "error" in row else _ratio(row))
+        body.append(cells)
+    return _lines(["case", "dtype", "ours, ms", "of torch.mm", *(f"/ {n}" for n in names)], body)
+
+
+def _short_memory(groups: dict[tuple, dict[str, dict]]) -> str:
+    """Peak MiB of every contender."""
+    names = ["ours", *_names(groups)]
+    body = []
+    for (case, dtype, direction, *_), group in groups.items():
+        first = next(iter(group.values()))
+        peaks = [f"{group[n]['peak_mib']:.0f}" if "peak_mib" in group.get(n, {}) else "fails"
+                 if n in group else "" for n in names]  # fmt: skip
+        body.append([f"{case}: {first['label']}, {_DIRECTIONS[direction]}", dtype, *peaks])
+    return _lines(["peak MiB", "dtype", *names], body)
 
 
 def render_brief(rows: list[dict], run_id: str | None = None) -> str:
