@@ -1,4 +1,4 @@
-"""python -m bench: run | report | compare | list | table. Each command is a page of its own."""
+"""python -m bench: run | report | compare | profile | list | table, each a page of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from . import compare, record, report, request, run
+from lam_kernels.user_error import UserError
+
+from . import compare, profile, record, report, request, run
 from .cases import SECTIONS, SETS, select
 
 _EPILOG = """\
@@ -57,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_arguments(reporting)
     reporting.set_defaults(do=report.report)
 
+    profiling = commands.add_parser(
+        "profile", help="where a training step's time goes, before and after the fused ops",
+        description="A training step, before and after the fused ops.", epilog=profile.EPILOG,
+        formatter_class=raw,
+    )  # fmt: skip
+    profile.add_arguments(profiling)
+    profiling.set_defaults(do=profile.profile)
+
     table = commands.add_parser("table", help="markdown table from a results file")
     table.add_argument("--results", type=Path, help="default: the newest in bench/results")
     table.add_argument(
@@ -85,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     args.argv = argv
     try:
         return args.do(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, UserError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

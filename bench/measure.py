@@ -53,22 +53,48 @@ def peaks(dtype: str, settings: Settings) -> dict:
     On a CPU the product is measured in fp32 as well: many processors have no unit for half types,
     and a kernel that computes those in fp32 would otherwise seem to exceed what is possible.
     """
-    device = settings.device
     torch.set_num_threads(settings.threads)
-    size, count = PEAK_SIZE[device], COPY_BYTES[device]
-    source = torch.zeros(count // 4, device=device)
-    target = torch.zeros_like(source)
-    runners = [timing.Runner("copy", lambda: target.copy_(source))]
-    for name in dict.fromkeys((dtype, "fp32") if device == "cpu" else (dtype,)):
-        drawn = torch.randn(size, size, device=device).to(getattr(torch, DTYPES[name]))
-        runners.append(timing.Runner(name, lambda drawn=drawn: torch.mm(drawn, drawn)))
+    dtypes = dict.fromkeys((dtype, "fp32") if settings.device == "cpu" else (dtype,))
+    runners = [_copy(settings.device), *(_matmul(name, settings.device) for name in dtypes)]
     series = timing.interleave(runners, samples=9, seconds=1.0, sampler=sampler_of(settings))
-    best = {name: min(one.used.values()) for name, one in series.items()}
-    rates = {name: 2 * size**3 / best[name] / 1e12 for name in best if name != "copy"}
+    rates = {name: _best_rate(one, settings.device) for name, one in series.items()}
+    matmuls = {name: rates[f"mm {name}"] for name in dtypes}
+    fastest = max(matmuls, key=matmuls.get)
     return {
-        "matmul_tflops": rates[dtype],
-        "peak_tflops": max(rates.values()),  # what shares are of
-        "copy_gbps": 2 * count / best["copy"] / 1e9,
+        "matmul_tflops": matmuls[dtype] / 1e12,
+        "peak_tflops": matmuls[fastest] / 1e12,  # what shares are of
+        "peak_dtype": fastest,
+        "copy_gbps": rates["copy"] / 1e9,
+    }
+
+
+def _copy(device: str) -> timing.Runner:
+    source = torch.zeros(COPY_BYTES[device] // 4, device=device)
+    target = torch.zeros_like(source)
+    return timing.Runner("copy", lambda: target.copy_(source), context=True)
+
+
+def _matmul(dtype: str, device: str) -> timing.Runner:
+    size = PEAK_SIZE[device]
+    drawn = torch.randn(size, size, device=device).to(getattr(torch, DTYPES[dtype]))
+    return timing.Runner(f"mm {dtype}", lambda: torch.mm(drawn, drawn), context=True)
+
+
+def _best_rate(series: timing.Series, device: str) -> float:
+    """FLOPs or bytes a second of the best sample."""
+    work = 2 * COPY_BYTES[device] if series.name == "copy" else 2 * PEAK_SIZE[device] ** 3
+    return work / min(series.used.values())
+
+
+def _raised(peak: dict, series: dict[str, timing.Series], device: str) -> dict:
+    """The peaks, where the samples that were taken among a case's own were better: the clock of a
+    shared machine moves within a run."""
+    mm, copy = (
+        _best_rate(series.pop(name), device) for name in (f"mm {peak['peak_dtype']}", "copy")
+    )
+    return peak | {
+        "peak_tflops": max(peak["peak_tflops"], mm / 1e12),
+        "copy_gbps": max(peak["copy_gbps"], copy / 1e9),
     }
 
 
@@ -153,7 +179,9 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
         if torch.get_num_threads() != count:
             torch.set_num_threads(count)
 
-    deciding = {*(n for n in names if n.startswith("ours")), *(p for g in goals for p in g.peers)}
+    deciding = set(names)
+    if goals:  # the others are only context then, and sampled less
+        deciding = {n for n in names if n.startswith("ours")}.union(*(g.peers for g in goals))
     rows, runners = {}, []
     for name in names:
         rows[name] = row = _named(name, settings)
@@ -176,17 +204,21 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
     if not runners:
         return list(rows.values())
     sampler = timing.CpuSampler() if case.measure == "overhead" else sampler_of(settings)
+    if peak:
+        runners += [_matmul(peak["peak_dtype"], settings.device), _copy(settings.device)]
     series = timing.interleave(
         runners, samples=settings.samples, seconds=settings.seconds, set_threads=set_threads,
         sampler=sampler,
     )  # fmt: skip
+    if peak:
+        peak = _raised(peak, series, settings.device)
     for name, one in series.items():
         rows[name] |= _times(one, settings, rows[name], peak)
         if name != "ours" and "ours" in series:
             rows[name] |= _against(series["ours"], one)
-    for runner in runners if settings.memory and settings.device == "cpu" else ():
-        found = memory_row(case, problem, direction, settings, runner.name)
-        rows[runner.name] |= {k: found[k] for k in ("peak_mib", "kept_mib") if k in found}
+    for name in series if settings.memory and settings.device == "cpu" else ():
+        found = memory_row(case, problem, direction, settings, name)
+        rows[name] |= {k: found[k] for k in ("peak_mib", "kept_mib") if k in found}
     return list(rows.values())
 
 
@@ -245,8 +277,9 @@ def _times(series: timing.Series, settings: Settings, row: dict, peak: dict) -> 
     }
     if settings.device == "cuda":
         found |= {"cold_cache": settings.cold}
-    if "flops" in row:
+    if "flops" in row and peak:
         found |= {
+            "peak_tflops": round(peak["peak_tflops"], 4),
             "tflops": round(row["flops"] / middle / 1e12, 4),
             "gbps": round(row["least_bytes"] / middle / 1e9, 3),
             "share_of_matmul": round(row["flops"] / middle / 1e12 / peak["peak_tflops"], 4),

@@ -142,7 +142,8 @@ def roofline(rows: list[dict]):
         figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True
     ):
         peak = peaks[key]
-        compute = peak.get("peak_tflops", peak["matmul_tflops"])
+        best = [row["peak_tflops"] for row in (peak, *shown) if "peak_tflops" in row]
+        compute = max(best, default=peak["matmul_tflops"])
         intensities = [row["flops"] / row["least_bytes"] for row in shown]
         knee = compute * 1e12 / (peak["copy_gbps"] * 1e9)
         ends = [min(*intensities, knee) / 2, max(*intensities, knee) * 2]
@@ -163,4 +164,38 @@ def roofline(rows: list[dict]):
         )
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def parts(profiles: list, categories: tuple[str, ...]):
+    """Stacked bars: where a step's time goes in each profile."""
+    figure = _figure(1.4 + 0.75 * len(profiles))
+    axes = figure.subplots()
+    left = [0.0] * len(profiles)
+    for i, kind in enumerate(categories):
+        values = [profile.parts_ms[kind] for profile in profiles]
+        if any(values):
+            colour = "#DDDDDD" if kind == "gaps" else _COLOURS[i % len(_COLOURS)]
+            axes.barh(range(len(profiles)), values, left=left, label=kind, color=colour)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(range(len(profiles)), [profile.name for profile in profiles])
+    axes.set_ylim(len(profiles) - 0.5, -0.5)
+    axes.set_xlabel("ms a step")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def memory_over_time(profiles: list):
+    """Memory of tensors over the profiled steps; None where none was recorded."""
+    shown = [profile for profile in profiles if profile.timeline]
+    if not shown:
+        return None
+    figure = _figure(3.2)
+    axes = figure.subplots()
+    for i, profile in enumerate(shown):
+        at, held = zip(*profile.timeline, strict=True)
+        axes.step(at, held, where="post", label=profile.name, linewidth=1.2, color=_COLOURS[1 - i])
+    axes.set(xlabel="ms (with the profiler on)", ylabel="MiB of tensors above the lowest")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
     return figure

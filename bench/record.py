@@ -189,20 +189,52 @@ def append(path: Path, rows: list[dict]) -> None:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
+_TEXTS = ("run", "date", "machine", "torch", "commit", "case", "section", "measure", "contender",
+          "dtype", "allocator")  # fmt: skip
+_TEXTS_OF_A_MEASUREMENT = ("direction", "label")
+_NUMBERS = ("threads", "cpus", "median_ms", "p20_ms", "p80_ms", "samples", "dropped", "peak_mib",
+            "ours_over_this", "ours_over_this_p20", "ours_over_this_p80", "target", "flops",
+            "least_bytes", "tflops", "share_of_matmul", "share_of_copy", "length", "matmul_tflops",
+            "copy_gbps", "peak_tflops", "ours_minus_this_us", "first_call_ms")  # fmt: skip
+LARGEST_FILE = 2**28
+
+
 def read(path: Path) -> list[dict]:
     """All rows of a file. ValueError names the line that is none."""
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path} is larger than {LARGEST_FILE} bytes: no results file")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a row of JSON ({error})") from None
-        if not isinstance(row, dict) or "run" not in row:
-            raise ValueError(f"{path}, line {number}: not a measurement of this bench")
+        if wrong := _no_row(row):
+            raise ValueError(f"{path}, line {number}: not a measurement of this bench ({wrong})")
         rows.append(row)
     return rows
+
+
+def _no_row(row: object) -> str:
+    """Why this is no row, "" when it is one: what report and compare read has its type."""
+    if not isinstance(row, dict):
+        return "no object"
+    texts = _TEXTS + (_TEXTS_OF_A_MEASUREMENT if row.get("measure") != "peaks" else ())
+    for name in texts:
+        if not isinstance(row.get(name), str):
+            return f"{name} is not text"
+    for name in _NUMBERS:
+        value = row.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
+            return f"{name} is not a number"
+    timed = "median_ms" in row
+    if timed and not all(k in row for k in ("p20_ms", "p80_ms", "samples", "disturbed")):
+        return "a time without its spread"
+    if timed and not row["median_ms"] > 0:
+        return "median_ms is not above 0"
+    return "" if isinstance(row.get("threads"), int) else "threads is missing"
 
 
 def newest() -> Path:

@@ -54,6 +54,7 @@ def waited_ns(before: dict[int, int] | None, after: dict[int, int] | None) -> in
 class Series:
     """Samples of one contender, seconds a call, by round."""
 
+    name: str = ""
     clean: dict[int, float] = field(default_factory=dict)
     disturbed: dict[int, float] = field(default_factory=dict)
     repeats: int = 1
@@ -174,7 +175,7 @@ def interleave(
     timed part.
     """
     sampler = sampler or CpuSampler()
-    series = {r.name: Series() for r in runners}
+    series = {r.name: Series(r.name) for r in runners}
     for runner in runners:
         set_threads(runner.threads)
         took = math.inf

@@ -118,7 +118,7 @@ def test_refusals_are_one_sentence_and_code_2(arguments, sentence, monkeypatch, 
 
 def test_a_broken_results_file_is_named_with_its_line(tmp_path, capsys):
     path = tmp_path / "broken.jsonl"
-    path.write_text('{"run": "a"}\n{"run": \n')
+    path.write_text(json.dumps(_row()) + '\n{"run": \n')
     assert main(["table", "--results", str(path)]) == 2
     assert "line 2" in capsys.readouterr().err
 
