@@ -6,6 +6,7 @@ overview    what `make bench` measures in five minutes: time and memory over the
             workloads, local patterns
 workloads   W1 to W22 (workloads.py)
 foundation  the held targets of the first milestone: every row of its table, every sentence below
+low-rank    a mask by its factors against the dense one
 lengths     time and memory over L, finer and with more peers than the overview
 gpu         what a CUDA machine is asked
 smoke       tiny problems that only show that the bench works
@@ -65,6 +66,8 @@ SECTIONS = {
     "memory lengths": "Memory over the length",
     "workloads": "Attention calls of real models",
     "patterns": "Local patterns",
+    "low rank": "Masks that are never stored",
+    "low rank memory": "Masks that are never stored: peak extra memory",
     "given": "Problems given on the command line",
     "dense": "Learned multiplicative mask, forward and backward with its gradient",
     "forward": "Forward alone, under no_grad",
@@ -278,6 +281,21 @@ def _patterns() -> list[Case]:
     ]  # fmt: skip
 
 
+def _low_rank() -> list[Case]:
+    """A multiplier of rank 64 by its factors, against the dense one and PyTorch's product of them."""
+    cases = []
+    for L, of_dense, of_compile, mib in ((1024, 1.0, 0.4, 16.0), (4096, 0.9, 0.4, 60.0)):
+        problem = _shape(1, 8, L, multiplier="rank 64: 11 11 11")
+        goals = (Goal(of_dense, ("ours_dense",)), Goal(of_compile, ("compile",)))
+        peers = ("ours_dense", "compile")
+        cases += [
+            Case(f"rank64-L{L}", "low rank", problem, peers, goals, sets=("low-rank",)),
+            Case(f"rank64-peak-L{L}", "low rank memory", problem, peers, (Goal(mib),),
+                 dtypes=("fp32",), measure="memory", sets=("low-rank",)),
+        ]  # fmt: skip
+    return cases
+
+
 def _workloads() -> list[Case]:
     cases = []
     for workload in WORKLOADS.values():
@@ -351,10 +369,10 @@ def _gpu() -> list[Case]:
 CASES = {
     case.name: case
     for case in (
-        *_lengths(), *_workloads(), *_patterns(), *_foundation(), *_gpu(), *_smoke()
+        *_lengths(), *_workloads(), *_patterns(), *_low_rank(), *_foundation(), *_gpu(), *_smoke()
     )
 }  # fmt: skip
-SETS = ("overview", "workloads", "lengths", "foundation", "gpu", "smoke")
+SETS = ("overview", "workloads", "lengths", "foundation", "low-rank", "gpu", "smoke")
 
 
 def select(set_name: str, quick: bool = False, names: list[str] | None = None) -> list[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import inspect
 import math
@@ -100,7 +101,7 @@ def profile(args: argparse.Namespace) -> int:
 
 def both(name: str | None, device: str) -> tuple[dict[str, Subject], list[str]]:
     """({"before": ..., "after": ...}, notes); only "before" where there is no way to fuse."""
-    function = load(name) if name else image_classifier
+    function = load(name) if name else functools.partial(image_classifier, device=device)
     if "fused" in inspect.signature(function).parameters:
         return {
             "before": subject(_made(function, fused=False), device),
@@ -129,15 +130,15 @@ def _made(function: Callable, **options):
     return function(**options)
 
 
-def image_classifier(fused: bool) -> Subject:
+def image_classifier(fused: bool, device: str) -> Subject:
     """One step of the demo: a learned mask in every layer, 256 images of 8 x 8."""
     from lam_kernels.models.image_classifier import ImageClassifier, ImageClassifierConfig
 
     model = ImageClassifier(
-        ImageClassifierConfig(classes=10), backend=None if fused else "reference"
+        ImageClassifierConfig(classes=10), backend=None if fused else "reference", device=device
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    images, labels = torch.randn(256, 1, 8, 8), torch.randint(10, (256,))
+    images, labels = torch.randn(256, 1, 8, 8).to(device), torch.randint(10, (256,)).to(device)
 
     def step():
         loss = nn.functional.cross_entropy(model(images), labels)

@@ -6,8 +6,10 @@ FLOPs: only visible pairs count, and only the matrix products; a multiply and an
     backward  S again, dQ, dK (2 D each), dP = dO V^T, dV (2 Dv each)    6 D + 4 Dv a pair
 
 With D = Dv that is 4 D and 10 D: backward = 2.5 x forward, the convention of FlashAttention (arXiv
-2205.14135). A peer that does more (a mask-free one does not compute dM, a blocked one also
-multiplies hidden pairs) is charged for the same useful work, so rates compare like times do.
+2205.14135). A mask of rank r adds 2 r forward and 6 r backward for each pair of one sharing of its
+factors: it is built once for the heads and samples that share it, built again, and its gradient
+goes to rows and columns. A peer that does more (a mask-free one does not compute dM, a blocked one
+also multiplies hidden pairs) is charged for the same useful work, so rates compare like times do.
 
 Bytes: every operand and every saved result is read once, every result written once; nothing in
 between touches memory.
@@ -20,6 +22,7 @@ one whole head (dkey, dvalue, a column bias' gradient).
 from __future__ import annotations
 
 import ast
+import math
 import re
 from functools import lru_cache
 
@@ -27,9 +30,18 @@ import torch
 from torch import Tensor
 
 from bench.check import Expected
+from lam_kernels import LowRankMask
 from lam_kernels.patterns import Segments
 from lam_kernels.patterns import visible_pairs as pairs_of_spec
-from python_ref.inputs import Operands, Problem, draw_pattern, mask_shape
+from python_ref.inputs import (
+    Operands,
+    Problem,
+    draw_pattern,
+    each_factor,
+    factor_axes,
+    mask_shape,
+    named_factors,
+)
 from python_ref.masked_attention import masked_attention as reference_attention
 
 from .masked_attention_peers import PEERS, usual_peers
@@ -105,10 +117,12 @@ def shifted_windows(batch: int, length: int, rows: int, columns: int, side: int,
 
 
 def _moved(operands: Operands, device: str) -> Operands:
+    def move(value: Tensor) -> Tensor:
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+
     for name, value in vars(operands).items():
-        if isinstance(value, Tensor):
-            moved = value.detach().to(device)
-            setattr(operands, name, moved.requires_grad_(value.requires_grad))
+        if isinstance(value, Tensor | LowRankMask):
+            setattr(operands, name, each_factor(value, move))
     patterns = operands.pattern if isinstance(operands.pattern, list) else [operands.pattern]
     if any(p is not None and p.segment_ids for p in patterns):
         if not isinstance(operands.pattern, Segments):
@@ -136,7 +150,10 @@ def label(problem: Problem) -> str:
     text += f" L{p.Lq}" + (f"x{p.Lk}" if p.Lk != p.Lq else "")
     text += f" D{p.D}" + (f"/{p.Dv}" if p.Dv != p.D else "")
     for letter, name in _MASKS:
-        if axes := getattr(p, name):
+        axes = getattr(p, name)
+        if found := factor_axes(axes):
+            text += f", {name} of rank {found[0]}"
+        elif axes:
             sizes = {"b": str(p.B), "h": "H", "q": "L", "k": "L", "1": "1"}
             frozen = "" if letter in p.grads else ", frozen"
             text += f", {name} [{','.join(sizes[a] for a in axes)}]{frozen}"
@@ -162,7 +179,20 @@ def flops(problem: Problem, direction: str) -> int:
     forward = 2 * problem.D + 2 * problem.Dv
     backward = 6 * problem.D + 4 * problem.Dv
     width = {"fwd": forward, "call": forward, "bwd": backward, "both": forward + backward}
-    return visible_pairs(problem) * width[direction]
+    of_factors = sum(_factor_width(problem, name) for _, name in _MASKS)
+    times = {"fwd": 1, "call": 1, "bwd": 3, "both": 4}[direction]
+    shared = visible_pairs(problem) // max(1, problem.B * problem.H)
+    return visible_pairs(problem) * width[direction] + shared * of_factors * times
+
+
+def _factor_width(problem: Problem, name: str) -> int:
+    """2 r for each sharing of a mask given by its factors, 0 for another one."""
+    found = factor_axes(getattr(problem, name))
+    if found is None:
+        return 0
+    rank, axes = found
+    by_sample, by_head = (any(a[i] != "1" for a in axes[:2]) for i in (0, 1))
+    return 2 * rank * (problem.B if by_sample else 1) * (problem.H if by_head else 1)
 
 
 @lru_cache(maxsize=64)
@@ -229,9 +259,7 @@ def least_bytes(problem: Problem, direction: str) -> int:
     masks, mask_grads = 0, 0
     for letter, name in _MASKS:
         if axes := getattr(p, name):
-            count = _BYTES[getattr(p, f"{name}_dtype") or p.dtype]
-            for axis in mask_shape(p, axes):
-                count *= axis
+            count = _BYTES[getattr(p, f"{name}_dtype") or p.dtype] * _entries(p, axes)
             kept = _kept_share(p) if axes[-2:] == "qk" else 1.0
             masks += round(count * kept)
             mask_grads += count if letter in p.grads else 0  # hidden zeros are written too
@@ -243,6 +271,19 @@ def least_bytes(problem: Problem, direction: str) -> int:
         n for letter, n in (("q", query), ("k", key), ("v", value)) if letter in p.grads
     )
     return {"fwd": forward, "call": forward, "bwd": backward, "both": forward + backward}[direction]
+
+
+def _entries(p: Problem, axes: str) -> int:
+    """How many numbers a mask has, or the factors of one."""
+    found = factor_axes(axes)
+    if found is None:
+        return math.prod(mask_shape(p, axes))
+    rank, factors = found
+    lengths = (p.Lq * rank, p.Lk * rank, p.Lk)
+    return sum(
+        (p.B if b != "1" else 1) * (p.H if h != "1" else 1) * length
+        for (b, h), length in zip(factors, lengths, strict=False)
+    )
 
 
 def _boolean_bytes(p: Problem) -> int:
@@ -288,38 +329,61 @@ def expected_of(operands: Operands) -> list[Expected]:
         return _reference(operands)
     if problem.Hkv != problem.H:
         raise ValueError("a sliced check needs Hkv == H")
+    if factor_axes(problem.multiplier) or factor_axes(problem.bias):
+        return _head_by_head(operands)
     step = max(1, problem.Lq // SLICE_ROWS)
     rows = torch.arange(0, problem.Lq, step, device=operands.query.device)
     rows[-1] = problem.Lq - 1  # both ends, where patterns are cut off
     return _reference(operands, rows=rows) + _reference(operands, head=problem.H // 2)
 
 
+def _head_by_head(operands: Operands) -> list[Expected]:
+    """The whole problem, one head at a time, for gradients that no slice knows all of: those of a
+    mask's factors, which all heads share."""
+    found: dict[str, Tensor] = {}
+    shapes = {name: tensor.shape for name, tensor in _named(operands).items()}
+    shapes["out"] = operands.grad_out.shape
+    for head in range(operands.problem.H):
+        for part in _reference(operands, head=head, partial=True):
+            if part.name not in found:
+                found[part.name] = part.values.new_zeros(shapes[part.name])
+            found[part.name][part.index] += part.values
+    return [Expected(name, (slice(None),), values) for name, values in found.items()]
+
+
+def _named(operands: Operands) -> dict[str, Tensor]:
+    """Every operand that may have a gradient; a LowRankMask's factors as name.factor."""
+    names = Operands.NAMES.values()
+    return {k: v for name in names for k, v in named_factors(name, getattr(operands, name)).items()}
+
+
 def _reference(
-    operands: Operands, rows: Tensor | None = None, head: int | None = None
+    operands: Operands, rows: Tensor | None = None, head: int | None = None, partial: bool = False
 ) -> list[Expected]:
-    problem = operands.problem
+    """The reference of these rows, or this head; gradients that need other rows or heads as well
+    only if `partial`."""
+    problem, tensors = operands.problem, _named(operands)
     everything = slice(None)
     at_row = everything if rows is None else rows
     at_head = everything if head is None else slice(head, head + 1)
+    has_rows = {"out", "query", "multiplier", "multiplier.rows", "bias", "bias.rows", "attn_mask"}
 
     def index(name: str, shape: torch.Size) -> tuple:
-        of_rows = ("query", "out", "multiplier", "bias", "attn_mask")
-        has_rows = name in of_rows and shape[2] == problem.Lq
-        has_heads = shape[1] == problem.H
         return (
             everything,
-            at_head if has_heads else everything,
-            at_row if has_rows else everything,
+            at_head if shape[1] == problem.H else everything,
+            at_row if name in has_rows and shape[2] == problem.Lq else everything,
         )
 
-    parts, where = {}, {}
-    for name in ("query", "key", "value", "multiplier", "bias"):
-        tensor = getattr(operands, name)
-        if tensor is not None:
-            where[name] = index(name, tensor.shape)
-            part = tensor.detach()[where[name]].double()
-            parts[name] = part.requires_grad_(tensor.requires_grad)
-    masks = {name: parts.get(name) for name in ("multiplier", "bias")}
+    where = {name: index(name, tensor.shape) for name, tensor in tensors.items()}
+    parts = {
+        name: tensor.detach()[where[name]].double().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+    masks = {}
+    for name in ("multiplier", "bias"):
+        factors = [part for key, part in parts.items() if key.startswith(f"{name}.")]
+        masks[name] = LowRankMask(*factors) if factors else parts.get(name)
     pattern, attn_mask = operands.pattern, operands.attn_mask
     if isinstance(pattern, list) and head is not None:
         pattern = pattern[head]
@@ -336,14 +400,11 @@ def _reference(
     found = {"out": out.detach()}
     # A slice knows all of a gradient only if it holds every pair that adds to it.
     complete = {
-        name: tensor
-        for name, tensor in parts.items()
-        if tensor.requires_grad
-        and (
-            rows is None
-            or (getattr(operands, name).shape[2] == problem.Lq and name not in ("key", "value"))
-        )
-        and (head is None or getattr(operands, name).shape[1] == problem.H)
+        name: part
+        for name, part in parts.items()
+        if part.requires_grad
+        and (rows is None or (tensors[name].shape[2] == problem.Lq and name in has_rows))
+        and (head is None or partial or tensors[name].shape[1] == problem.H)
     }
     if complete:
         grad_out = operands.grad_out[where["out"]].double()

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.contender import Peer, compiled, with_compiled
+from lam_kernels import LowRankMask
 from lam_kernels.patterns import BlockDiagonal, DilatedToeplitz, Segments, Toeplitz
-from python_ref.inputs import Operands, Problem
+from python_ref.inputs import Operands, Problem, dense_mask, factor_axes
 
 Attention = Callable[..., Tensor]
 
@@ -67,9 +68,9 @@ def eager(operands: Operands, backend: str = "") -> Attention:
             key, value = (t.repeat_interleave(group, 1) for t in (key, value))
         scores = (query @ key.transpose(-1, -2)) * scale
         if multiplier is not None:
-            scores = scores * multiplier
+            scores = scores * dense_mask(multiplier)
         if bias is not None:
-            scores = scores + bias
+            scores = scores + dense_mask(bias)
         if hidden is not None:
             scores = scores.masked_fill(hidden, -math.inf)
         return torch.softmax(scores, -1) @ value
@@ -90,11 +91,27 @@ def _added(problem: Problem, gradient: bool) -> Problem:
     axes = problem.bias or problem.multiplier
     if axes is None:
         raise ValueError("there is no learned mask here: nothing to add")
+    if factor_axes(axes):
+        axes = _dense_axes(axes)
     grads = problem.grads.replace("m", "").replace("b", "") + ("b" if gradient else "")
     dtype = problem.bias_dtype or problem.multiplier_dtype
     return problem.but(
         multiplier=None, multiplier_dtype=None, bias=axes, bias_dtype=dtype, grads=grads
     )
+
+
+def _dense_axes(text: str) -> str:
+    """The axes of the dense mask that has the shape of these factors' product."""
+    _, factors = factor_axes(text)
+    letters = ("b" if any(f[0] != "1" for f in factors) else "1",
+               "h" if any(f[1] != "1" for f in factors) else "1")  # fmt: skip
+    return "".join(letters) + "qk"
+
+
+def _with_dense_mask(problem: Problem) -> Problem:
+    """The same problem with a dense mask of its own instead of factors."""
+    given = {name: getattr(problem, name) for name in ("multiplier", "bias")}
+    return problem.but(**{n: _dense_axes(t) for n, t in given.items() if factor_axes(t)})
 
 
 def _sdpa_mask(operands: Operands, bias: Tensor | None, hidden: Tensor | None) -> Tensor | None:
@@ -109,6 +126,8 @@ def sdpa(*kernels: SDPBackend) -> Callable[[Operands, str], Attention]:
     def build(operands: Operands, backend: str = "") -> Attention:
         if operands.multiplier is not None:
             raise ValueError("scaled_dot_product_attention cannot multiply its scores by a mask")
+        if isinstance(operands.bias, LowRankMask):
+            raise ValueError("scaled_dot_product_attention knows no mask by its factors")
         scale, hidden = _scale(operands), _hidden(operands)
         options = {"scale": scale, "enable_gqa": operands.problem.Hkv != operands.problem.H}
 
@@ -127,6 +146,8 @@ def sdpa(*kernels: SDPBackend) -> Callable[[Operands, str], Attention]:
 
 def sdpa_choice(operands: Operands) -> str:
     """Which of its kernels PyTorch takes for these operands."""
+    if isinstance(operands.bias, LowRankMask):
+        return ""
     mask = _sdpa_mask(operands, operands.bias, _hidden(operands))
     chosen = torch._fused_sdp_choice(
         operands.query, operands.key, operands.value, mask, scale=_scale(operands),
@@ -145,6 +166,8 @@ def flex(operands: Operands, backend: str = "") -> Attention:
 
     p, scale = operands.problem, _scale(operands)
     pattern, attn_mask, key_mask = operands.pattern, operands.attn_mask, operands.key_mask
+    if isinstance(operands.multiplier, LowRankMask) or isinstance(operands.bias, LowRankMask):
+        raise ValueError("a score_mod of factors is not written here")
     if isinstance(pattern, list):
         raise ValueError("one mask_mod for each head is not written here")
 
@@ -448,6 +471,8 @@ PEERS: dict[str, Peer] = {
     **with_compiled("strided64", "dilated: blocks64 within each residue class", strided(64)),
     **with_compiled("reshaped", "block-diagonal as a batch of small dense problems", reshaped),
     "reshaped_sdpa": Peer("the same batch through scaled_dot_product_attention", reshaped_sdpa),
+    "ours_dense": Peer("ours with a dense mask instead of its factors", ours, _with_dense_mask,
+                       "dense mask"),
     "ours_d32": Peer("ours with D 32", ours, {"D": 32}, "D 32"),
     "ours_everywhere": Peer("ours without the pattern", ours, {"pattern": None}, "no pattern"),
     "ours_1thread": Peer("ours with one thread", ours, threads=1),
@@ -459,6 +484,8 @@ def usual_peers(problem: Problem, device: str, direction: str) -> tuple[str, ...
     """What somebody with this problem would try instead, the fastest to expect first."""
     pattern, learned = str(problem.pattern), problem.multiplier or problem.bias
     peers = ["compile", "eager", "sdpa_nomask"]
+    if factor_axes(problem.multiplier) or factor_axes(problem.bias):
+        return (*peers, "ours_dense")
     if problem.multiplier is None:
         peers.append("sdpa")
     elif direction != "fwd" and "m" in problem.grads:

@@ -87,6 +87,7 @@ def _errors(name, problem, direction="both", backend="reference"):
 
 DENSE = Problem(B=2, H=2, Lq=9, D=4, multiplier="b1qk")
 ADDED = Problem(B=2, H=2, Lq=9, D=4, bias="1hqk")
+FACTORS = Problem(B=2, H=2, Lq=9, D=4, multiplier="rank 3: b1 11 1h")
 PADDED = Problem(B=2, H=2, Lq=9, Lk=12, D=4, Dv=6, multiplier="b1qk", key_mask=True)
 WORDS = Problem(B=2, H=2, Lq=9, D=4, multiplier="11qk", attn_mask="text(4)")
 SHIFTED = Problem(B=8, H=2, Lq=16, D=4, bias="1hqk", pattern="Windows(2, 2, 4, 2)")
@@ -104,6 +105,9 @@ BLOCKS = Problem(B=2, H=2, Lq=128, D=4, bias="1h1k", pattern="BlockDiagonal(32)"
         ("eager", BAND),
         ("sdpa_nomask", DENSE),
         *((name, p) for name in ("ours", "eager") for p in (ADDED, PADDED, WORDS, SHIFTED)),
+        ("ours", FACTORS),
+        ("eager", FACTORS),
+        ("ours_dense", FACTORS),
         ("sdpa", ADDED),
         ("sdpa", SHIFTED),
         ("sdpa_nomask_math", PADDED),
@@ -127,7 +131,7 @@ def test_peers_compute_the_same(name, problem, direction, dtype):
     errors, wrong = _errors(name, problem.but(dtype=dtype), direction)
     assert not wrong
     mine = page.PEERS[name].problem(problem)
-    learned = {n for n in ("multiplier", "bias") if getattr(mine, n) and n[0] in mine.grads}
+    learned = {n for n in page.draw(mine).leaves if n.startswith(("multiplier", "bias"))}
     gradients = {"query", "key", "value", *learned} if direction != "fwd" else set()
     assert errors.keys() == {"out", *gradients}
 
@@ -138,7 +142,9 @@ def test_a_frozen_mask_gets_no_gradient():
     assert errors.keys() == {"out", "query", "key", "value"}
 
 
-@pytest.mark.parametrize("problem", [DENSE, BAND, BLOCKS], ids=["dense", "band", "blocks"])
+@pytest.mark.parametrize(
+    "problem", [DENSE, BAND, BLOCKS, FACTORS], ids=["dense", "band", "blocks", "factors"]
+)
 def test_slices_of_large_problems_agree_with_the_whole(problem, monkeypatch):
     """Above the limit slices are compared: right results pass, and each output has a part."""
     check.expected.cache_clear()
@@ -146,8 +152,7 @@ def test_slices_of_large_problems_agree_with_the_whole(problem, monkeypatch):
     errors, wrong = _errors("eager", problem.but(seed=1))
     check.expected.cache_clear()
     assert not wrong
-    leaves = {"query", "key", "value"} | {n for n in ("multiplier", "bias") if getattr(problem, n)}
-    assert errors.keys() == {"out", *leaves}
+    assert errors.keys() == {"out", *page.draw(problem).leaves}
 
 
 def _row_scaled(t):

@@ -1,8 +1,10 @@
 """The FLOP and byte formulas against counting."""
 
 import pytest
+from torch import Tensor
 
 from bench.ops import masked_attention as cost
+from lam_kernels import LowRankMask
 from python_ref.inputs import Problem
 
 PROBLEMS = [
@@ -20,6 +22,7 @@ PROBLEMS = [
     Problem(B=2, H=2, Lq=10, D=2, pattern="Segments(3)", seed=4),
     Problem(B=8, H=2, Lq=16, D=2, bias="1hqk", pattern="Windows(2, 2, 4, 2)"),
     Problem(B=2, H=2, Lq=8, D=2, pattern=("Toeplitz(1)", None), key_mask=True),
+    Problem(B=2, H=3, Lq=6, Lk=8, D=2, multiplier="rank 3: b1 11 1h", bias="rank 2: 11 11"),
 ]
 
 
@@ -67,6 +70,12 @@ def test_flops(problem, direction):
         for steps in products.values():
             for _ in range(steps):
                 count += 2
+    for name in ("multiplier", "bias"):  # rows @ columns^T of each sharing; back to both factors
+        mask = getattr(cost.draw(problem), name)
+        if isinstance(mask, LowRankMask):
+            by_sample, by_head = (max(f.shape[i] for f in mask.factors()[:2]) for i in (0, 1))
+            units = by_sample * by_head * problem.Lq * problem.Lk
+            count += 2 * mask.rows.shape[-1] * units * {"fwd": 1, "bwd": 3, "both": 4}[direction]
     assert cost.flops(problem, direction) == count
 
 
@@ -91,8 +100,11 @@ def test_least_bytes_of_dense_problems(problem):
     operands = cost.draw(problem)
     names = ("query", "key", "value", "bias", "key_mask", "attn_mask")
     given = [t for t in (getattr(operands, n) for n in names) if t is not None]
+    given = [f for t in given for f in ([t] if isinstance(t, Tensor) else t.factors())]
     read = _bytes_of(given)
-    if operands.multiplier is not None:  # entries that some visible pair uses
+    if isinstance(operands.multiplier, LowRankMask):
+        read += _bytes_of(operands.multiplier.factors())
+    elif operands.multiplier is not None:  # entries that some visible pair uses
         shape = operands.multiplier.shape
         pairs = problem.B * problem.H * problem.Lq * problem.Lk
         share = len(_visible(problem)) / pairs
