@@ -16,6 +16,9 @@ import lam_kernels.__main__ as command
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
+# CLIP and CLAP mix the samples of a batch in what they return; DETR has only eager attention here,
+# whose softmax is float32 in float64
+MODELS = [name for name in TINY if name not in ("clip", "clap", "detr")]
 RTOL = 1e-7  # torch.testing.assert_close's own for float64
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +41,7 @@ def torchrun(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def differences():
-    out = torchrun(WORKER, ",".join(name for name in TINY if name not in ("clip", "clap")))
+    out = torchrun(WORKER, ",".join(MODELS))
     return json.loads(out.strip().splitlines()[-1])
 
 
@@ -58,7 +61,7 @@ def test_a_swap_after_ddp(differences):
     assert differences["nn.TransformerEncoder swapped after ddp"] < RTOL
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in ("clip", "clap")])
+@pytest.mark.parametrize("name", MODELS)
 def test_swapped_transformers_models(differences, name):
     pytest.importorskip("transformers", reason="transformers is not installed")
     assert differences[f"{name} ddp"] < RTOL
