@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 import torch.distributed as dist
-from compared import floats
+from compared import floats, wake
 from torch import nn
 
-from lam_kernels.nn import LAMEncoder, LearnableAttentionMask
+from lam_kernels.nn import LAMEncoder
 from lam_kernels.swap import LearnedMask, swap
 
 WORLD = 2
@@ -51,14 +51,6 @@ def difference(found: dict, expected: dict) -> float:
         largest = value.abs().max()
         worst = max(worst, float((found[name] - value).abs().max() / largest))
     return worst
-
-
-def wake(model):
-    torch.manual_seed(7)
-    for module in model.modules():
-        if isinstance(module, LearnableAttentionMask):
-            nn.init.normal_(module.layers[-1].weight, std=0.2)
-    return model
 
 
 def in_two(model, batch, how: str):

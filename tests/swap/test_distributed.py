@@ -80,7 +80,8 @@ def losses(path: Path) -> torch.Tensor:
     return torch.tensor(found.get("history", found)["loss"])
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+# DDP of a demo in an ordinary run: test_image_classification_in_two_processes
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.full)])
 def test_swapped_digits_in_two_processes(parallel, tmp_path, capsys):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     options = ["train", "swapped-digits", "--epochs", "1", "--batch-size", "300"]

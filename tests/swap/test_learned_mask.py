@@ -2,24 +2,14 @@
 
 import pytest
 import torch
-from compared import assert_same, in_float64, run
+from compared import assert_same, in_float64, run, wake
 from tiny_models import TINY, batch, build
 from torch import nn
 
 from lam_kernels import Toeplitz
-from lam_kernels.nn import LearnableAttentionMask
 from lam_kernels.swap import LearnedMask, swap
 
 WITH_TOKENS = [name for name, tiny in TINY.items() if tiny.tokens]
-
-
-def wake(model):
-    """Masks that are no longer the identity."""
-    torch.manual_seed(7)
-    for module in model.modules():
-        if isinstance(module, LearnableAttentionMask):
-            nn.init.normal_(module.layers[-1].weight, std=0.2)
-    return model
 
 
 def right_padded(name):
@@ -130,7 +120,7 @@ def test_gradients_are_the_same_when_recomputed(name):
         assert torch.equal(found[key], value), key
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.full)])
 def test_compiles_to_one_graph(name):
     pytest.importorskip("transformers", reason="transformers is not installed")
     torch._dynamo.reset()
@@ -175,11 +165,18 @@ def test_left_padding_is_refused_with_the_reason():
         with pytest.raises(ValueError, match="left padding moves every token to another column"):
             model(**inputs)
         model(**right_padded("llama"))
+
+
+@pytest.mark.full
+def test_left_padding_is_refused_in_a_graph():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model = build("llama", "sdpa")
+    swap(model, learned_mask=LearnedMask(9))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     compiled(**right_padded("llama"))
     with pytest.raises(RuntimeError, match="left padding"):
-        compiled(**inputs)
+        compiled(**batch("llama"))
     torch._dynamo.reset()
 
 
