@@ -1,4 +1,4 @@
-"""python -m lam_kernels: info | train TASK | evaluate TASK."""
+"""python -m lam_kernels: info | train TASK | evaluate TASK | swap MODULE:FUNCTION."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ examples:
       the same model on your images (one sub-folder a class)
   python -m lam_kernels evaluate image-classification --checkpoint FILE
       reads a checkpoint back and measures it
+  python -m lam_kernels swap my_project.models:build
+      puts the fused ops into your model, checks outputs and gradients, times a training step
 """
 
 
@@ -97,6 +99,8 @@ def _tasks() -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lam_kernels.swap import command as swap_command
+
     parser = argparse.ArgumentParser(
         prog="python -m lam_kernels",
         description="Attention with learned masks: what is installed, and the task models.",
@@ -113,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(verb, help=text, description=f"{text.capitalize()}.")
         choices = command.add_subparsers(metavar="TASK", required=True)
         for name, task in tasks.items():
+            if not hasattr(task, verb):
+                continue  # a demo that writes no checkpoint
             options = choices.add_parser(
                 name,
                 help=task.SUMMARY,
@@ -121,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
             )
             getattr(task, f"add_{verb}_arguments")(options)
             options.set_defaults(run=getattr(task, verb))
+    command = commands.add_parser(
+        "swap",
+        help=swap_command.SUMMARY,
+        description=f"{swap_command.SUMMARY.capitalize()}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    swap_command.add_arguments(command)
     return parser
 
 

@@ -53,8 +53,11 @@ class AddSubmodule:
     def apply(self) -> None:
         self.module.add_module(self.name, self.new)
 
+    def current(self) -> nn.Module:
+        """What hangs there now: peft may have wrapped it meanwhile."""
+        return self.module._modules.get(self.name, self.new)
+
     def revert(self) -> None:
-        # what hangs there now: peft may have wrapped it meanwhile, and apply() has to put that back
         self.new = self.module._modules.pop(self.name)
 
 

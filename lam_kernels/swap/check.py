@@ -153,7 +153,7 @@ def _run(model: nn.Module, batch, names) -> _Run:
 
     def keep(name: str) -> Callable:
         def hook(module, args, kwargs, output):
-            found = _tensors(output)
+            found = tensors_of(output)
             if found:
                 outputs[name] = found[0].detach()
 
@@ -168,7 +168,7 @@ def _run(model: nn.Module, batch, names) -> _Run:
     model.eval()
     try:
         with torch.enable_grad():
-            result = [t for t in _tensors(_call(model, batch)) if t.requires_grad]
+            result = [t for t in tensors_of(call(model, batch)) if t.requires_grad]
             parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
             if not result:
                 raise ValueError("the model's output has no tensor with a gradient to compare")
@@ -187,20 +187,20 @@ def _run(model: nn.Module, batch, names) -> _Run:
     )
 
 
-def _call(model: nn.Module, batch):
+def call(model: nn.Module, batch):
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def _tensors(output) -> list[Tensor]:
+def tensors_of(output) -> list[Tensor]:
     """Float tensors of a model's output, in order."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, tuple | list):
-        return [tensor for part in output for tensor in _tensors(part)]
+        return [tensor for part in output for tensor in tensors_of(part)]
     return []
 
 

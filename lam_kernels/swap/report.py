@@ -8,7 +8,7 @@ from torch import nn
 
 from lam_kernels.training.text_table import text_table
 
-from .changes import AddSubmodule, Change
+from .changes import AddSubmodule, Change, SetClass
 
 
 class SwapError(RuntimeError):
@@ -59,7 +59,7 @@ class Report:
     def learned_parameters(self) -> list[nn.Parameter]:
         """The parameters of the learned masks that were added: for an optimizer built earlier,
         optimizer.add_param_group({"params": report.learned_parameters()})."""
-        added = [step.new for step in self._steps if isinstance(step, AddSubmodule)]
+        added = [step.current() for step in self._steps if isinstance(step, AddSubmodule)]
         return [parameter for lam in added for parameter in lam.parameters()]
 
     def apply(self) -> None:
@@ -85,6 +85,12 @@ class Report:
         for name, module in self._modules.items():
             if module.__dict__["lam_swap"].owner != self._number:
                 raise RuntimeError(f"{name} was swapped again later: undo that swap first")
+        for step in self._steps:
+            if isinstance(step, SetClass) and type(step.module) is not step.new:
+                raise RuntimeError(
+                    f"a {step.new.__name__} became a {type(step.module).__name__} since (by "
+                    "fully_shard?): its old class cannot be given back"
+                )
         for step in reversed(self._steps):
             step.revert()
         self._in_place = False

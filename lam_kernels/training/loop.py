@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lam_kernels.user_error import UserError
 
 from .checkpoint import Checkpoint, finite_list
+from .distributed import Ranks
 from .progress import Progress
 
 MAX_SEED = 2**62
@@ -88,13 +89,16 @@ def fit(
     label: str,
     device: str,
     after_epoch: Callable[[int], str],  # epochs done -> a note; measures, saves
+    ranks: Ranks | None = None,
 ) -> None:
     """Runs the epochs first_epoch .. epochs - 1. The order of samples depends on seed and epoch
-    alone.
+    alone. With several processes each takes its share of every batch, loss_of has to run the model
+    that `ranks` wrapped, and history holds the loss over all.
     """
+    ranks = ranks or Ranks(device)
     steps = math.ceil(count / options.batch_size)
     total = steps * options.epochs
-    with Progress(total, label, done=first_epoch * steps) as progress:
+    with Progress(total, label, done=first_epoch * steps, silent=not ranks.first) as progress:
         for epoch in range(first_epoch, options.epochs):
             model.train()
             order = _order(options.seed, epoch, count)
@@ -105,12 +109,12 @@ def fit(
                     )
                 start = time.perf_counter()
                 with options.autocast(device):
-                    loss = loss_of(indices)
+                    loss = ranks.mean_loss(loss_of, indices)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
-                value = loss.item()  # waits for the device
+                value = ranks.mean(loss.item())  # waits for the device
                 history["step_seconds"].append(time.perf_counter() - start)
                 history["loss"].append(value)
                 history["full_batch"].append(int(len(indices) == options.batch_size))

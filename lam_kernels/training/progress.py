@@ -8,16 +8,16 @@ import time
 
 class Progress:
     """Counts `total` steps. A tqdm bar where stderr is a terminal and tqdm is there, else a line an
-    epoch.
+    epoch; nothing where `silent`.
 
     Use as a context manager; `step()` after each step, `note(text)` for what belongs on a line of
     its own.
     """
 
-    def __init__(self, total: int, label: str, *, done: int = 0):
-        self.total, self.label, self.done = total, label, done
+    def __init__(self, total: int, label: str, *, done: int = 0, silent: bool = False):
+        self.total, self.label, self.done, self.silent = total, label, done, silent
         self._bar, self._start = None, time.perf_counter()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             try:
                 from tqdm import tqdm
             except ModuleNotFoundError:
@@ -33,6 +33,8 @@ class Progress:
     def note(self, text: str) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(text)
+            return
+        if self.silent:
             return
         seconds = time.perf_counter() - self._start
         line = f"{self.label}: step {self.done}/{self.total}, {text}, {seconds:.0f} s"

@@ -15,6 +15,8 @@ import copy
 import torch
 from torch import Tensor
 
+from lam_kernels.nn import LearnableAttentionMask
+
 
 def run(
     model, batch, *, valid: Tensor | None = None, autocast=False, grad=True, backward=False
@@ -44,6 +46,15 @@ def run(
             grads = torch.autograd.grad(sum(parts), list(wanted.values()), allow_unused=True)
         found |= {n: g for n, g in zip(wanted, grads, strict=True) if g is not None}
     return found
+
+
+def wake(model):
+    """Learned masks that are no longer the identity."""
+    torch.manual_seed(7)
+    for module in model.modules():
+        if isinstance(module, LearnableAttentionMask):
+            torch.nn.init.normal_(module.layers[-1].weight, std=0.2)
+    return model
 
 
 def floats(output) -> list[Tensor]:

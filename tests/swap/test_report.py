@@ -167,6 +167,15 @@ def test_nested_swaps_are_undone_in_order(spy):
     assert state(model) == before
 
 
+def test_a_class_changed_since_is_not_taken_back():
+    model = Model()
+    report = swap(model)
+    attention = model.encoder.layers[0].self_attn
+    attention.__class__ = type("Sharded", (type(attention),), {})
+    with pytest.raises(RuntimeError, match="SwappedMultiheadAttention became a Sharded"):
+        report.undo()
+
+
 def test_a_second_learned_mask_is_not_taken():
     model = Model()
     swap(model, learned_mask=LearnedMask(8))

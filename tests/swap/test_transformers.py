@@ -93,20 +93,14 @@ def test_same_with_reentrant_checkpointing(name):
     same(run(model, inputs, backward=True, **options))
 
 
-@by_name
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("llama", "swinv2") else pytest.mark.full)
+        for name in TINY
+    ],
+)
 def test_compiles_to_the_same(name):
-    if name not in ("bert", "llama", "swinv2"):
-        pytest.skip("one of each kind is compiled in an ordinary run")
-    _compiled(name)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", sorted(set(TINY) - {"bert", "llama", "swinv2"}))
-def test_compiles_to_the_same_full(name):
-    _compiled(name)
-
-
-def _compiled(name):
     torch._dynamo.reset()
     model, inputs, same, options = compared(name)
     swap(model)

@@ -33,6 +33,7 @@ from lam_kernels.training.checkpoint import (
     save_checkpoint,
 )
 from lam_kernels.training.comparison import gains, results_table, run_process
+from lam_kernels.training.distributed import Ranks, refuse_torchrun
 from lam_kernels.training.interruption import EXIT_CODE, further_interrupts_ignored
 from lam_kernels.training.loop import (
     MAX_SEED,
@@ -62,6 +63,8 @@ examples:
           and photos/val
   %(prog)s --resume out/image-classification/lam-fused/checkpoint.safetensors
       goes on after Ctrl-C; the losses are those of a run that was never interrupted
+  torchrun --nproc-per-node 2 -m lam_kernels train image-classification --variant lam-fused
+      two processes that share every batch (DDP): the losses are those of one within rounding
 """
 
 # what the demo trains: 12 epochs of 6 steps reach about 96 %, in about half a minute a variant
@@ -219,6 +222,7 @@ def train(args: argparse.Namespace) -> int:
     optional_package("safetensors.torch", "writing a checkpoint")
     _apply_machine(args)
     if args.variant is None and args.resume is None:
+        refuse_torchrun("give --variant: the comparison starts processes of its own")
         return _train_all(args)
     checkpoint = load_checkpoint(args.resume, TASK) if args.resume else None
     if checkpoint:
@@ -239,6 +243,7 @@ def _train_one(
     torch.manual_seed(run.loop.seed)
     model.reset_parameters()  # plain and LAM start from the same weights
     model.to(args.device)
+    ranks = Ranks(args.device)
     optimizer = make_optimizer(model, run.loop)
     history, first_epoch = new_history(), 0
     if checkpoint:
@@ -251,22 +256,25 @@ def _train_one(
     check_writable(path)
     saved, saved_epoch = (checkpoint.path if checkpoint else None), first_epoch
 
+    trained = ranks.wrap(model)
+
     def loss_of(indices):
         images, labels = run.train.batch(indices)
-        return F.cross_entropy(model(images.to(args.device)), labels.to(args.device))
+        return F.cross_entropy(trained(images.to(args.device)), labels.to(args.device))
 
     def after_epoch(epoch: int) -> str:
         nonlocal saved, saved_epoch
         history["accuracy"].append(_accuracy(model, run.test, run.loop, args.device))
-        save_checkpoint(
-            path,
-            task=TASK,
-            epoch=epoch,
-            config=run.config(),
-            history=history,
-            model=model,
-            optimizer=optimizer,
-        )
+        if ranks.first:
+            save_checkpoint(
+                path,
+                task=TASK,
+                epoch=epoch,
+                config=run.config(),
+                history=history,
+                model=model,
+                optimizer=optimizer,
+            )
         saved, saved_epoch = path, epoch
         return f"loss {history['loss'][-1]:.3f}, test accuracy {history['accuracy'][-1]:.1%}"
 
@@ -283,6 +291,7 @@ def _train_one(
             label=f"{run.variant:<13}",
             device=args.device,
             after_epoch=after_epoch,
+            ranks=ranks,
         )
     except KeyboardInterrupt:
         with further_interrupts_ignored():
@@ -296,6 +305,9 @@ def _train_one(
                 )
             print(f"\nlam_kernels: interrupted: {sentence}", file=sys.stderr, flush=True)
         return EXIT_CODE
+    ranks.close()
+    if not ranks.first:
+        return 0
     result = {
         "variant": run.variant,
         "accuracy": history["accuracy"][-1],
