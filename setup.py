@@ -59,6 +59,10 @@ if platform.machine() == "x86_64":
         ),
     }
 
+# Files that are compiled once for each level, with LAM_LEVEL defined as its name.
+LEVEL_SOURCES = ["csrc/cpu/global_local_attention.cpp", "csrc/cpu/map_gated_attention.cpp"]
+BINDINGS = ["masked_attention", "global_local_attention", "map_gated_attention"]
+
 
 def package_dir(name):
     """Where a package is, without the seconds that importing torch takes."""
@@ -119,12 +123,17 @@ def ninja_file(out):
         f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
     ]
     objects = [obj("_cpu", level, *LEVELS[level]) for level in LEVELS]
+    objects += [
+        obj("_cpu", level, source, [*LEVELS[level][1], f"-DLAM_LEVEL={level}"])
+        for level in LEVELS
+        for source in LEVEL_SOURCES
+    ]
     # _host calls into these two
     objects += [
         obj("_cpu", "baseline", f"csrc/cpu/{n}.cpp", ["-fvisibility=default"])
         for n in ("levels", "scratch")
     ]
-    objects.append(obj("_cpu", "baseline", "csrc/bind_ops.cpp", stable))
+    objects += [obj("_cpu", "baseline", f"csrc/bind_{name}.cpp", stable) for name in BINDINGS]
     cpu = link("_cpu", objects, [f"-Wl,-soname,_cpu{SUFFIX}", f"-L{torch / 'lib'}", "-ltorch_cpu"])
     python = [
         f"-isystem{pybind11 / 'include'}",

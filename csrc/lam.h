@@ -82,4 +82,21 @@ struct MaskedAttentionParams {
 // 0 on success, otherwise the process could not get the scratch memory it asked for.
 using MaskedAttentionKernel = int (*)(const MaskedAttentionParams&);
 
+// The base is the global half: it has no pattern, and all operands and their gradients. `local` has the same operands
+// with the pattern, and out, lse and grad_out of the local half.
+struct GlobalLocalAttentionParams : MaskedAttentionParams {
+  MaskedAttentionParams local;
+};
+using GlobalLocalAttentionKernel = int (*)(const GlobalLocalAttentionParams&);
+
+// GateAtt: out = (R A^g + (1 - R) A^l) V with R = sigmoid(A^g gate_global - A^l gate_local). Lq == Lk. Of the base are
+// used: sizes, scale, query, key, value, key_mask, patterns (of the local map), out, grad_out, grad_query, grad_key,
+// grad_value and the threads.
+struct MapGatedAttentionParams : MaskedAttentionParams {
+  bool renormalise;
+  View gate_global, gate_local;            // [T, T] in the last two axes, any float dtype, any stride
+  View grad_gate_global, grad_gate_local;  // contiguous, of the gate's dtype
+};
+using MapGatedAttentionKernel = int (*)(const MapGatedAttentionParams&);
+
 }  // namespace lam

@@ -2,7 +2,15 @@
 
 from ._version import __version__
 from .low_rank_mask import LowRankMask
-from .ops import backends, explain, lam_attention, masked_attention, window_attention
+from .ops import (
+    backends,
+    explain,
+    global_local_attention,
+    lam_attention,
+    map_gated_attention,
+    masked_attention,
+    window_attention,
+)
 from .patterns import BlockDiagonal, Causal, DilatedToeplitz, Segments, Toeplitz
 
 __all__ = [
@@ -15,7 +23,9 @@ __all__ = [
     "__version__",
     "backends",
     "explain",
+    "global_local_attention",
     "lam_attention",
+    "map_gated_attention",
     "masked_attention",
     "window_attention",
 ]

@@ -12,9 +12,13 @@
 
 namespace lam {
 
-#define LAM_KERNELS(level)                                           \
-  int masked_attention_fwd_##level(const MaskedAttentionParams& p); \
-  int masked_attention_bwd_##level(const MaskedAttentionParams& p);
+#define LAM_KERNELS(level)                                                     \
+  int masked_attention_fwd_##level(const MaskedAttentionParams& p);             \
+  int masked_attention_bwd_##level(const MaskedAttentionParams& p);             \
+  int global_local_attention_fwd_##level(const GlobalLocalAttentionParams& p);  \
+  int global_local_attention_bwd_##level(const GlobalLocalAttentionParams& p);  \
+  int map_gated_attention_fwd_##level(const MapGatedAttentionParams& p);        \
+  int map_gated_attention_bwd_##level(const MapGatedAttentionParams& p);
 LAM_KERNELS(portable)
 #ifdef __x86_64__
 LAM_KERNELS(avx2)
@@ -29,13 +33,10 @@ namespace {
 constexpr unsigned bit(DType dtype) { return 1u << static_cast<int>(dtype); }
 constexpr unsigned kHalfAndSingle = bit(DType::f32) | bit(DType::bf16) | bit(DType::f16);
 
-struct LevelKernels {
-  unsigned dtypes;
-  MaskedAttentionKernel fwd, bwd;
-};
-
 // Indexed by Level. A level that this build does not have serves nothing.
-#define LAM_ROW(dtypes, level) {dtypes, masked_attention_fwd_##level, masked_attention_bwd_##level}
+#define LAM_ROW(dtypes, level)                                                                          \
+  {dtypes, masked_attention_fwd_##level, masked_attention_bwd_##level, global_local_attention_fwd_##level, \
+   global_local_attention_bwd_##level, map_gated_attention_fwd_##level, map_gated_attention_bwd_##level}
 constexpr LevelKernels kKernels[kLevels] = {
     LAM_ROW(kHalfAndSingle | bit(DType::f64), portable),
 #ifdef __x86_64__
@@ -143,12 +144,6 @@ const Choice& choice() {
   return chosen;
 }
 
-const LevelKernels& kernels(DType dtype, Level level) {
-  for (int i = static_cast<int>(level); i > 0; --i)
-    if ((kKernels[i].dtypes & bit(dtype)) && machine().available[i]) return kKernels[i];
-  return kKernels[0];
-}
-
 }  // namespace
 
 const char* level_name(Level level) { return kNames[static_cast<int>(level)]; }
@@ -156,7 +151,10 @@ bool level_available(Level level) { return machine().available[static_cast<int>(
 Level active_level() { return choice().level; }
 const char* level_error() { return choice().error; }
 
-MaskedAttentionKernel masked_attention_fwd_kernel(DType dtype, Level level) { return kernels(dtype, level).fwd; }
-MaskedAttentionKernel masked_attention_bwd_kernel(DType dtype, Level level) { return kernels(dtype, level).bwd; }
+const LevelKernels& kernels(DType dtype, Level level) {
+  for (int i = static_cast<int>(level); i > 0; --i)
+    if ((kKernels[i].dtypes & bit(dtype)) && machine().available[i]) return kKernels[i];
+  return kKernels[0];
+}
 
 }  // namespace lam

@@ -22,14 +22,16 @@ LAM_EXPORT Level active_level();
 // Why LAM_CPU_LEVEL cannot be followed, or "". Then there is no kernel at all: a forced level is never replaced.
 LAM_EXPORT const char* level_error();
 
-// The kernel of `level` (default: the active one) for tensors of this type; a level without one uses the next below.
-MaskedAttentionKernel masked_attention_fwd_kernel(DType dtype, Level level);
-MaskedAttentionKernel masked_attention_bwd_kernel(DType dtype, Level level);
-inline MaskedAttentionKernel masked_attention_fwd_kernel(DType dtype) {
-  return masked_attention_fwd_kernel(dtype, active_level());
-}
-inline MaskedAttentionKernel masked_attention_bwd_kernel(DType dtype) {
-  return masked_attention_bwd_kernel(dtype, active_level());
-}
+// Every kernel that a level may have.
+struct LevelKernels {
+  unsigned dtypes;  // bits, by DType
+  MaskedAttentionKernel masked_attention_fwd, masked_attention_bwd;
+  GlobalLocalAttentionKernel global_local_attention_fwd, global_local_attention_bwd;
+  MapGatedAttentionKernel map_gated_attention_fwd, map_gated_attention_bwd;
+};
+
+// The kernels of `level` (default: the active one) for tensors of this type; a level without them uses the next below.
+const LevelKernels& kernels(DType dtype, Level level);
+inline const LevelKernels& kernels(DType dtype) { return kernels(dtype, active_level()); }
 
 }  // namespace lam

@@ -143,7 +143,52 @@ struct RegionMasks {
   }
 };
 
+// The rows of a head's result: where they go if they can be summed there, else in `buffer` from row `first`.
+template <class V>
+Rows<typename V::T> out_rows(const View& out, DType dtype, int64_t Dv, const Region& region, int64_t b, int64_t h,
+                             typename V::T* buffer, int64_t first) {
+  const int64_t width = round_up(Dv, V::W);
+  if (!in_place<V>(dtype, Dv)) return {buffer + first * width, width};
+  const int64_t* st = out.stride;
+  return {static_cast<typename V::T*>(out.data) + head_offset(out, b, h) + region.i0 * st[2], st[2] * region.step};
+}
+
+// Sums of e^(score - max) v and their states -> result and lse. A row that saw no key: 0 and -inf.
+template <class V>
+void finish_rows(const MaskedAttentionParams& p, const View& to, const View& lse, const Region& region, int64_t b,
+                 int64_t h, Rows<typename V::T> out, const RowState<typename V::T>* state, const uint8_t* opened,
+                 int64_t rows_per_flag) {
+  using T = typename V::T;
+  const int64_t width = round_up(p.Dv, V::W);
+  for (int64_t r = 0; r < region.rows; ++r) {
+    T* row = out.data + r * out.ld;
+    const bool seen = opened[r / rows_per_flag] && state[r].sum != T(0);
+    const int64_t i = region.i(r);
+    const T log_sum = seen ? state[r].max + static_cast<T>(::log(static_cast<double>(state[r].sum))) : -kInfinity<T>;
+    store_row<T>(at_mutable(lse, head_offset(lse, b, h) + i * lse.stride[2]), lse.dtype, 1, &log_sum, T(1), 1);
+    if (!seen) memset(row, 0, static_cast<size_t>(width) * sizeof(T));
+    const T factor = seen ? T(1) / state[r].sum : T(0);
+    if (in_place<V>(p.query.dtype, p.Dv)) {
+      const typename V::reg f = V::set1(factor);
+      for (int64_t d = 0; seen && d < width; d += V::W) V::store(row + d, V::mul(f, V::load(row + d)));
+    } else {
+      store_row<T>(at_mutable(to, head_offset(to, b, h) + i * to.stride[2]), p.query.dtype, 1, row, factor, p.Dv);
+    }
+  }
+}
+
+// A second softmax of the same scores is worked out beside the first (global_local_attention.h); here there is none.
 template <class Products>
+struct NoSecondMap {
+  using T = typename Products::T;
+  NoSecondMap(const MaskedAttentionParams&, const Blocking&, int64_t, Arena&) {}
+  void enter(const Region&) {}
+  void enter_head(int64_t, int64_t, int64_t, bool) {}
+  void attend(int64_t, int64_t, const Tile<T>&, Products&) {}
+  void finish() {}
+};
+
+template <class Products, template <class> class SecondMap = NoSecondMap>
 class Forward {
  public:
   using V = typename Products::Word;
@@ -190,18 +235,24 @@ class Forward {
   }
 
   Forward(const MaskedAttentionParams& p, const Blocking& s, int64_t unit_heads, bool one_region, Arena& arena)
-      : p_(p), s_(s), unit_heads_(unit_heads), one_region_(one_region), masks_(p, s, arena), products_(p, s, false, arena) {
+      : p_(p),
+        s_(s),
+        unit_heads_(unit_heads),
+        one_region_(one_region),
+        masks_(p, s, arena),
+        products_(p, s, false, arena),
+        second_(p, s, one_region ? 1 : unit_heads, arena) {
     width_ = round_up(p.Dv, V::W);
     const int64_t states = one_region ? 1 : unit_heads;
-    out_in_place_ = in_place<V>(p.query.dtype, p.Dv);
     scores_ = arena.take<T>(s.tile_rows * (s.tile_cols + V::W));
-    out_ = arena.take<T>(out_in_place_ ? 0 : states * s.region_rows * width_);
+    out_ = arena.take<T>(in_place<V>(p.query.dtype, p.Dv) ? 0 : states * s.region_rows * width_);
     state_ = arena.take<RowState<T>>(states * s.region_rows);
     opened_ = arena.take<uint8_t>(states * ceil_div(s.region_rows, s.tile_rows));
   }
 
   void visit(const Region& region, const Pass& pass, bool first, bool last) {
     masks_.enter(region);
+    second_.enter(region);
     entered_keys_ = -1;
     const int64_t tiles = ceil_div(s_.region_rows, s_.tile_rows);
     for (int64_t n = 0; n < unit_heads_; ++n) {
@@ -210,16 +261,13 @@ class Forward {
       const int64_t state = one_region_ ? 0 : n;
       uint8_t* opened = opened_ + state * tiles;
       if (first) memset(opened, 0, static_cast<size_t>(tiles));
-      Rows<T> out = out_rows(region, b, h, state);
+      Rows<T> out = out_rows<V>(p_.out, p_.query.dtype, p_.Dv, region, b, h, out_, state * s_.region_rows);
+      second_.enter_head(b, h, state, first);
       if (region.cols > 0) attend(region, b, h, out, state_ + state * s_.region_rows, opened);
-      if (last) finish(region, b, h, out, state_ + state * s_.region_rows, opened);
+      if (!last) continue;
+      finish_rows<V>(p_, p_.out, p_.lse, region, b, h, out, state_ + state * s_.region_rows, opened, s_.tile_rows);
+      second_.finish();
     }
-  }
-
-  Rows<T> out_rows(const Region& region, int64_t b, int64_t h, int64_t state) const {
-    if (!out_in_place_) return {out_ + state * s_.region_rows * width_, width_};
-    const int64_t* st = p_.out.stride;
-    return {static_cast<T*>(p_.out.data) + head_offset(p_.out, b, h) + region.i0 * st[2], st[2] * region.step};
   }
 
   void attend(const Region& region, int64_t b, int64_t h, Rows<T> out, RowState<T>* state, uint8_t* opened) {
@@ -250,8 +298,9 @@ class Forward {
         if (multiplier) tile.multiplier = {multiplier.row(r0) + lo, multiplier.ld};
         if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
         products_.scores(r0, rows, lo, ceil_div(tile.cols, V::W), scores_, ld);
+        second_.attend(r0, lo, tile, products_);
         T* to = out.data + r0 * out.ld;
-        softmax(tile, state + r0, !opened[block], to, out.ld);
+        softmax_tile<V>(tile, p_.gate, state + r0, !opened[block], to, out.ld, width_ / V::W);
         if (p_.dropout_p > 0) {
           masks_.draw(b, h, r0, rows, lo, tile.cols);
           masks_.drop(scores_, ld, rows, tile.cols);
@@ -262,52 +311,14 @@ class Forward {
     }
   }
 
-  void softmax(const Tile<T>& t, RowState<T>* state, bool first, T* out, int64_t ld) const {
-    const int64_t words = width_ / V::W;
-    const BiasKind kind = !t.bias ? BiasKind::none : p_.gate ? BiasKind::gate : BiasKind::add;
-    if (t.multiplier) {
-      if (kind == BiasKind::none) softmax_rows<V, true, BiasKind::none>(t, state, first, out, ld, words);
-      else if (kind == BiasKind::add) softmax_rows<V, true, BiasKind::add>(t, state, first, out, ld, words);
-      else softmax_rows<V, true, BiasKind::gate>(t, state, first, out, ld, words);
-    } else {
-      if (kind == BiasKind::none) softmax_rows<V, false, BiasKind::none>(t, state, first, out, ld, words);
-      else if (kind == BiasKind::add) softmax_rows<V, false, BiasKind::add>(t, state, first, out, ld, words);
-      else softmax_rows<V, false, BiasKind::gate>(t, state, first, out, ld, words);
-    }
-  }
-
-  void finish(const Region& region, int64_t b, int64_t h, Rows<T> out, const RowState<T>* state, const uint8_t* opened) {
-    for (int64_t r = 0; r < region.rows; ++r) {
-      T* row = out.data + r * out.ld;
-      const bool seen = opened[r / s_.tile_rows] && state[r].sum != T(0);
-      const int64_t i = region.i(r);
-      store_row<T>(at_mutable(p_.lse, head_offset(p_.lse, b, h) + i * p_.lse.stride[2]), p_.lse.dtype, 1,
-                   &kHiddenRow, T(1), 1);
-      if (seen) {
-        const T lse = state[r].max + static_cast<T>(::log(static_cast<double>(state[r].sum)));
-        store_row<T>(at_mutable(p_.lse, head_offset(p_.lse, b, h) + i * p_.lse.stride[2]), p_.lse.dtype, 1, &lse, T(1), 1);
-      }
-      if (!seen) memset(row, 0, static_cast<size_t>(width_) * sizeof(T));
-      const T factor = seen ? T(1) / state[r].sum : T(0);
-      if (out_in_place_) {
-        const typename V::reg f = V::set1(factor);
-        for (int64_t d = 0; seen && d < width_; d += V::W) V::store(row + d, V::mul(f, V::load(row + d)));
-      } else {
-        store_row<T>(at_mutable(p_.out, head_offset(p_.out, b, h) + i * p_.out.stride[2]), p_.query.dtype, 1, row, factor, p_.Dv);
-      }
-    }
-  }
-
-  static constexpr T kHiddenRow = -kInfinity<T>;
-
   const MaskedAttentionParams& p_;
   const Blocking& s_;
   int64_t unit_heads_;
   bool one_region_;
   RegionMasks<V> masks_;
   Products products_;
+  SecondMap<Products> second_;
   int64_t width_, first_head_ = 0, entered_keys_ = -1;
-  bool out_in_place_;
   T *scores_, *out_;
   RowState<T>* state_;
   uint8_t* opened_;

@@ -6,7 +6,64 @@
 namespace lam {
 namespace {
 
+// The gradients of one row of a result: lse and rowsum(grad_out * out) - grad_lse.
+template <class V>
+class RowSums {
+ public:
+  using T = typename V::T;
+  RowSums(const MaskedAttentionParams& p, int64_t rows, Arena& arena) : p_(p), width_(round_up(p.Dv, V::W)) {
+    out_row_ = arena.take<T>(width_);
+    grad_out_row_ = arena.take<T>(width_);
+    shift_ = arena.take<T>(rows);
+    delta_ = arena.take<T>(rows);
+  }
+  const T* shift(int64_t r) const { return shift_ + r; }  // lse, +inf for a row that sees no key
+  const T* delta(int64_t r) const { return delta_ + r; }
+
+  void enter(const Region& region, int64_t b, int64_t h) {
+    const int64_t *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
+    for (int64_t r = 0; r < region.rows; ++r) {
+      const int64_t i = region.i(r);
+      const T lse = load_scalar<T>(at(p_.lse, head_offset(p_.lse, b, h) + i * ls[2]), p_.lse.dtype);
+      shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
+      const T *out = row_of(p_.out, b, h, i, out_row_), *grad_out = row_of(p_.grad_out, b, h, i, grad_out_row_);
+      typename V::reg sum = V::zero();
+      for (int64_t d = 0; d < width_; d += V::W)
+        sum = V::fma(V::load(out + d), V::load(grad_out + d), sum);
+      delta_[r] = V::reduce_add(sum);
+      if (p_.grad_lse.data != nullptr)
+        delta_[r] -= load_scalar<T>(at(p_.grad_lse, head_offset(p_.grad_lse, b, h) + i * gs[2]), p_.grad_lse.dtype);
+    }
+  }
+
+ private:
+  // One row of an operand, in place or converted.
+  const T* row_of(const View& v, int64_t b, int64_t h, int64_t i, T* buffer) const {
+    const char* row = at(v, head_offset(v, b, h) + i * v.stride[2]);
+    if (in_place<V>(v.dtype, p_.Dv)) return reinterpret_cast<const T*>(row);
+    load_row<V>(buffer, row, v.dtype, 1, p_.Dv);
+    for (int64_t d = p_.Dv; d < width_; ++d) buffer[d] = T(0);
+    return buffer;
+  }
+
+  const MaskedAttentionParams& p_;
+  int64_t width_;
+  T *out_row_, *grad_out_row_, *shift_, *delta_;
+};
+
+// A second softmax of the same scores is worked out beside the first (global_local_attention.h); here there is none.
 template <class Products>
+struct NoSecondMapBackward {
+  using T = typename Products::T;
+  NoSecondMapBackward(const MaskedAttentionParams&, const Blocking&, bool, Products&, Arena&) {}
+  void enter(const Region&) {}
+  void enter_head(int64_t, int64_t) {}
+  void keep_scores(int64_t, int64_t, const Tile<T>&) {}
+  void add_gradient(const Tile<T>&) {}
+  void accumulate(Rows<T>) {}
+};
+
+template <class Products, template <class> class SecondMap = NoSecondMapBackward>
 class Backward {
  public:
   using V = typename Products::Word;
@@ -220,12 +277,10 @@ class Backward {
         s_(shared),
         masks_(p, shared.size, arena),
         products_(p, shared.size, true, arena),
+        sums_(p, shared.size.region_rows, arena),
+        second_(p, shared.size, shared.want_scores, products_, arena),
         grad_multiplier_(shared.multiplier, p, shared.size.region_rows, shared.size.region_cols, arena),
         grad_bias_(shared.bias, p, shared.size.region_rows, shared.size.region_cols, arena) {
-    out_row_ = arena.take<T>(s_.width);
-    grad_out_row_ = arena.take<T>(s_.width);
-    shift_ = arena.take<T>(s_.size.region_rows);
-    delta_ = arena.take<T>(s_.size.region_rows);
     scores_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
     grad_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
     if (s_.one_region) {
@@ -244,6 +299,7 @@ class Backward {
 
   void visit(const Region& region, const Pass& pass, Pairs unit, int64_t replica) {
     masks_.enter(region);
+    second_.enter(region);
     grad_multiplier_.enter(region, replica);
     grad_bias_.enter(region, replica);
     const int64_t heads = p_.H / p_.Hkv;
@@ -283,32 +339,6 @@ class Backward {
     grad_bias_.leave();
   }
 
-  // One row of an operand, in place or converted.
-  const T* row_of(const View& v, int64_t b, int64_t h, int64_t i, T* buffer) const {
-    const char* row = at(v, head_offset(v, b, h) + i * v.stride[2]);
-    if (in_place<V>(v.dtype, p_.Dv)) return reinterpret_cast<const T*>(row);
-    load_row<V>(buffer, row, v.dtype, 1, p_.Dv);
-    for (int64_t d = p_.Dv; d < s_.width; ++d) buffer[d] = T(0);
-    return buffer;
-  }
-
-  // shift: lse; delta: rowsum(grad_out * out) - grad_lse
-  void prepare_rows(const Region& region, int64_t b, int64_t h) {
-    const int64_t *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
-    for (int64_t r = 0; r < region.rows; ++r) {
-      const int64_t i = region.i(r);
-      const T lse = load_scalar<T>(at(p_.lse, head_offset(p_.lse, b, h) + i * ls[2]), p_.lse.dtype);
-      shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
-      const T *out = row_of(p_.out, b, h, i, out_row_), *grad_out = row_of(p_.grad_out, b, h, i, grad_out_row_);
-      typename V::reg sum = V::zero();
-      for (int64_t d = 0; d < s_.width; d += V::W)
-        sum = V::fma(V::load(out + d), V::load(grad_out + d), sum);
-      delta_[r] = V::reduce_add(sum);
-      if (p_.grad_lse.data != nullptr)
-        delta_[r] -= load_scalar<T>(at(p_.grad_lse, head_offset(p_.grad_lse, b, h) + i * gs[2]), p_.grad_lse.dtype);
-    }
-  }
-
   void differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv,
                      bool first_head) {
     const KeyRange range = p_.n_patterns > 1
@@ -328,7 +358,8 @@ class Backward {
     Tile<T> head{};
     const Plane<T> dmul = grad_multiplier_.select(b, h, head.first_multiplier);
     const Plane<T> dbias = grad_bias_.select(b, h, head.first_bias);
-    prepare_rows(region, b, h);
+    sums_.enter(region, b, h);
+    second_.enter_head(b, h);
     const int64_t ld = s_.size.tile_cols + V::W;
     for (int64_t c = 0; c < region.cols; c += s_.size.tile_cols) {
       for (int64_t r0 = 0; r0 < region.rows; r0 += s_.size.tile_rows) {
@@ -347,53 +378,33 @@ class Backward {
         if (dbias) tile.grad_bias = {dbias.row(r0) + lo, dbias.ld};
         const int64_t words = ceil_div(tile.cols, V::W);
         products_.scores(r0, tile.rows, lo, words, scores_, ld);
+        second_.keep_scores(r0, lo, tile);
         if (s_.want_scores) products_.weight_grads(r0, tile.rows, lo, words, grad_, ld);
         else for (int64_t r = 0; r < tile.rows; ++r) memset(grad_ + r * ld, 0, static_cast<size_t>(words * V::W) * sizeof(T));
         if (p_.dropout_p > 0) {
           masks_.draw(b, h, r0, tile.rows, lo, tile.cols);
           masks_.drop(grad_, ld, tile.rows, tile.cols);
         }
-        softmax_backward(tile, shift_ + r0, delta_ + r0);
+        softmax_backward_tile<V>(tile, p_.gate, sums_.shift(r0), sums_.delta(r0));
+        second_.add_gradient(tile);
         if (p_.dropout_p > 0) masks_.drop(scores_, ld, tile.rows, tile.cols);
         products_.accumulate(r0, tile.rows, lo, tile.cols, scores_, grad_, ld, dq, dk, dv, s_.stored && lo == 0,
                              first_head && r0 == 0);
+        second_.accumulate(dv);
       }
     }
     products_.close_head(dq, s_.stored);
-  }
-
-  template <bool kMultiplier, BiasKind kBias>
-  static void softmax_backward(const Tile<T>& t, const T* shift, const T* delta) {
-    const bool gm = static_cast<bool>(t.grad_multiplier), gb = static_cast<bool>(t.grad_bias);
-    if constexpr (kMultiplier && kBias != BiasKind::none)
-      if (gm && gb) return softmax_backward_rows<V, kMultiplier, kBias, true, true>(t, shift, delta);
-    if constexpr (kMultiplier)
-      if (gm) return softmax_backward_rows<V, kMultiplier, kBias, true, false>(t, shift, delta);
-    if constexpr (kBias != BiasKind::none)
-      if (gb) return softmax_backward_rows<V, kMultiplier, kBias, false, true>(t, shift, delta);
-    softmax_backward_rows<V, kMultiplier, kBias, false, false>(t, shift, delta);
-  }
-
-  void softmax_backward(const Tile<T>& t, const T* shift, const T* delta) const {
-    const BiasKind kind = !t.bias ? BiasKind::none : p_.gate ? BiasKind::gate : BiasKind::add;
-    if (t.multiplier) {
-      if (kind == BiasKind::none) softmax_backward<true, BiasKind::none>(t, shift, delta);
-      else if (kind == BiasKind::add) softmax_backward<true, BiasKind::add>(t, shift, delta);
-      else softmax_backward<true, BiasKind::gate>(t, shift, delta);
-    } else {
-      if (kind == BiasKind::none) softmax_backward<false, BiasKind::none>(t, shift, delta);
-      else if (kind == BiasKind::add) softmax_backward<false, BiasKind::add>(t, shift, delta);
-      else softmax_backward<false, BiasKind::gate>(t, shift, delta);
-    }
   }
 
   const MaskedAttentionParams& p_;
   const Shared& s_;
   RegionMasks<V> masks_;
   Products products_;
+  RowSums<V> sums_;
+  SecondMap<Products> second_;
   MaskGradWriter<V> grad_multiplier_, grad_bias_;
   bool entered_ = false;
-  T *out_row_, *grad_out_row_, *shift_, *delta_, *scores_, *grad_;
+  T *scores_, *grad_;
   T *query_sum_ = nullptr, *key_sum_ = nullptr, *value_sum_ = nullptr;
 };
 

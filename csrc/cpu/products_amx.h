@@ -41,9 +41,8 @@ class AmxProducts {
     }
     value_pairs_ = arena.take<uint16_t>(cols_ * width_);
     key_rows_ = arena.take<uint16_t>(cols_ * depth_);
-    grad_out_ = arena.take<uint16_t>(rows_ * width_);
     query_t_ = arena.take<uint16_t>(rows_ * depth_);
-    grad_out_t_ = arena.take<uint16_t>(rows_ * width_);
+    grad_out_ = take_grad_out(s, arena);
     weight_pairs_ = arena.take<uint16_t>(s.tile_rows * (s.tile_cols + 32));
     score_grad_pairs_ = arena.take<uint16_t>(s.tile_rows * (s.tile_cols + 32));
     dq_ = arena.take<float>(rows_ * depth_);
@@ -71,10 +70,25 @@ class AmxProducts {
     copy_rows(query, depth_, query_);
     if (query_t_ != nullptr) pack_transposed_rows(query, query_t_);
   }
-  void enter_grad_out(int64_t b, int64_t h) {
-    const Source grad_out = source(p_.grad_out, region_.i0, region_.rows, b, h, p_.Dv);
-    copy_rows(grad_out, width_, grad_out_);
-    pack_transposed_rows(grad_out, grad_out_t_);
+  void enter_grad_out(int64_t b, int64_t h) { enter_grad_out(grad_out_, p_.grad_out, b, h); }
+
+  // A second result of the same rows has a gradient of its own; weight_grads and accumulate use the one swapped in.
+  struct GradOut {
+    uint16_t *rows = nullptr, *transposed = nullptr;
+  };
+  GradOut take_grad_out(const Blocking&, Arena& arena) const {
+    uint16_t* rows = arena.take<uint16_t>(rows_ * width_);
+    return {rows, arena.take<uint16_t>(rows_ * width_)};
+  }
+  void enter_grad_out(GradOut& other, const View& view, int64_t b, int64_t h) const {
+    const Source grad_out = source(view, region_.i0, region_.rows, b, h, p_.Dv);
+    copy_rows(grad_out, width_, other.rows);
+    pack_transposed_rows(grad_out, other.transposed);
+  }
+  void swap_grad_out(GradOut& other) {
+    const GradOut mine = grad_out_;
+    grad_out_ = other;
+    other = mine;
   }
 
   void scores(int64_t r0, int64_t rows, int64_t lo, int64_t words, float* C, int64_t ldc) const {
@@ -82,7 +96,7 @@ class AmxProducts {
              16 * depth_, 512, C, ldc);
   }
   void weight_grads(int64_t r0, int64_t rows, int64_t lo, int64_t words, float* C, int64_t ldc) const {
-    amx_gemm(false, ceil_div(rows, 16), words, width_ / 32, grad_out_ + r0 * width_, width_, 32,
+    amx_gemm(false, ceil_div(rows, 16), words, width_ / 32, grad_out_.rows + r0 * width_, width_, 32,
              value_pairs_ + lo * width_, 16 * width_, 512, C, ldc);
   }
 
@@ -123,7 +137,7 @@ class AmxProducts {
     const int64_t words = ceil_div(cols, 16), padded_rows = round_up(rows, 32), padded_cols = round_up(cols, 32);
     if (dv.data != nullptr) {
       interleave(P, ld, rows, padded_rows, cols, weight_pairs_);
-      amx_gemm(true, ceil_div(p_.Dv, 16), words, padded_rows / 32, grad_out_t_ + r0, rows_, 32, weight_pairs_,
+      amx_gemm(true, ceil_div(p_.Dv, 16), words, padded_rows / 32, grad_out_.transposed + r0, rows_, 32, weight_pairs_,
                padded_rows * 16, 512, dv_t_ + lo, cols_);
     }
     if (dk.data != nullptr) {
@@ -227,9 +241,9 @@ class AmxProducts {
   bool configured_ = false;
   int64_t depth_, width_, rows_, cols_;
   uint16_t *key_pairs_, *query_, *weights_, *value_rows_ = nullptr;
-  uint16_t *value_pairs_ = nullptr, *key_rows_ = nullptr, *grad_out_ = nullptr, *query_t_ = nullptr,
-           *grad_out_t_ = nullptr, *weight_pairs_ = nullptr, *score_grad_pairs_ = nullptr;
+  uint16_t *value_pairs_ = nullptr, *key_rows_ = nullptr, *query_t_ = nullptr, *weight_pairs_ = nullptr, *score_grad_pairs_ = nullptr;
   float *dq_ = nullptr, *dk_t_ = nullptr, *dv_t_ = nullptr;
+  GradOut grad_out_;
   Region region_{};
 };
 

@@ -42,7 +42,7 @@ class FmaProducts {
     key_buffer_ = arena.take<T>(stage_depth ? s.region_cols * depth_ : 0);
     value_buffer_ = arena.take<T>(stage_width ? s.region_cols * width_ : 0);
     query_buffer_ = arena.take<T>(stage_depth ? s.region_rows * depth_ : 0);
-    grad_out_buffer_ = arena.take<T>(stage_width && backward ? s.region_rows * width_ : 0);
+    grad_out_.buffer = arena.take<T>(stage_width && backward ? s.region_rows * width_ : 0);
   }
 
   void enter_keys(const Region& region, int64_t b, int64_t hk, bool want_values_panels) {
@@ -57,7 +57,24 @@ class FmaProducts {
     query_ = stage(p_.query, region.i0, region.rows, b, h, p_.D, query_buffer_);
   }
   void enter_grad_out(int64_t b, int64_t h) {
-    grad_out_ = stage(p_.grad_out, region_.i0, region_.rows, b, h, p_.Dv, grad_out_buffer_);
+    grad_out_.rows = stage(p_.grad_out, region_.i0, region_.rows, b, h, p_.Dv, grad_out_.buffer);
+  }
+
+  // A second result of the same rows has a gradient of its own; weight_grads and accumulate use the one swapped in.
+  struct GradOut {
+    Rows<T> rows;
+    T* buffer;
+  };
+  GradOut take_grad_out(const Blocking& s, Arena& arena) const {
+    return {{}, arena.take<T>(in_place<V>(p_.query.dtype, p_.Dv) ? 0 : s.region_rows * width_)};
+  }
+  void enter_grad_out(GradOut& other, const View& grad_out, int64_t b, int64_t h) const {
+    other.rows = stage(grad_out, region_.i0, region_.rows, b, h, p_.Dv, other.buffer);
+  }
+  void swap_grad_out(GradOut& other) {
+    const GradOut mine = grad_out_;
+    grad_out_ = other;
+    other = mine;
   }
 
   // C [rows, words] = q . k of tile rows [r0, r0 + rows) and columns from lo
@@ -66,7 +83,7 @@ class FmaProducts {
   }
   // C [rows, words] = grad_out . v
   void weight_grads(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
-    panels(rows, words, p_.Dv, grad_out_.data + r0 * grad_out_.ld, grad_out_.ld, value_panels_, lo, C, ldc);
+    panels(rows, words, p_.Dv, grad_out_.rows.data + r0 * grad_out_.rows.ld, grad_out_.rows.ld, value_panels_, lo, C, ldc);
   }
 
   // out [rows, Dv] (+)= P v
@@ -84,9 +101,9 @@ class FmaProducts {
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, const T* P, const T* dS, int64_t ld, Rows<T> dq,
                   Rows<T> dk, Rows<T> dv, bool first_of_rows, bool first_of_cols) {
     const int64_t j = region_.j(lo), i = region_.i(r0), step = region_.step;
-    const T *q = query_.data + r0 * query_.ld, *go = grad_out_.data + r0 * grad_out_.ld;
+    const T *q = query_.data + r0 * query_.ld, *go = grad_out_.rows.data + r0 * grad_out_.rows.ld;
     if (dv.data != nullptr)
-      product<true>(first_of_cols, cols, width_, rows, P, ld, go, grad_out_.ld, dv.data + j * dv.ld, dv.ld * step);
+      product<true>(first_of_cols, cols, width_, rows, P, ld, go, grad_out_.rows.ld, dv.data + j * dv.ld, dv.ld * step);
     if (dk.data != nullptr)
       product<true>(first_of_cols, cols, depth_, rows, dS, ld, q, query_.ld, dk.data + j * dk.ld, dk.ld * step);
     if (dq.data != nullptr)
@@ -122,9 +139,10 @@ class FmaProducts {
 
   const MaskedAttentionParams& p_;
   int64_t depth_, width_;
-  T *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *query_buffer_, *grad_out_buffer_;
+  T *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *query_buffer_;
+  GradOut grad_out_{};
   Region region_{};
-  Rows<T> key_, value_, query_, grad_out_;
+  Rows<T> key_, value_, query_;
 };
 
 }  // namespace

@@ -204,6 +204,48 @@ void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* sh
   }
 }
 
+template <class V>
+void softmax_tile(const Tile<typename V::T>& t, bool gate, RowState<typename V::T>* state, bool first,
+                  typename V::T* out, int64_t ld, int64_t words) {
+  const BiasKind kind = !t.bias ? BiasKind::none : gate ? BiasKind::gate : BiasKind::add;
+  if (t.multiplier) {
+    if (kind == BiasKind::none) softmax_rows<V, true, BiasKind::none>(t, state, first, out, ld, words);
+    else if (kind == BiasKind::add) softmax_rows<V, true, BiasKind::add>(t, state, first, out, ld, words);
+    else softmax_rows<V, true, BiasKind::gate>(t, state, first, out, ld, words);
+  } else {
+    if (kind == BiasKind::none) softmax_rows<V, false, BiasKind::none>(t, state, first, out, ld, words);
+    else if (kind == BiasKind::add) softmax_rows<V, false, BiasKind::add>(t, state, first, out, ld, words);
+    else softmax_rows<V, false, BiasKind::gate>(t, state, first, out, ld, words);
+  }
+}
+
+template <class V, bool kMultiplier, BiasKind kBias>
+void softmax_backward_tile(const Tile<typename V::T>& t, const typename V::T* shift, const typename V::T* delta) {
+  const bool gm = static_cast<bool>(t.grad_multiplier), gb = static_cast<bool>(t.grad_bias);
+  if constexpr (kMultiplier && kBias != BiasKind::none)
+    if (gm && gb) return softmax_backward_rows<V, kMultiplier, kBias, true, true>(t, shift, delta);
+  if constexpr (kMultiplier)
+    if (gm) return softmax_backward_rows<V, kMultiplier, kBias, true, false>(t, shift, delta);
+  if constexpr (kBias != BiasKind::none)
+    if (gb) return softmax_backward_rows<V, kMultiplier, kBias, false, true>(t, shift, delta);
+  softmax_backward_rows<V, kMultiplier, kBias, false, false>(t, shift, delta);
+}
+
+template <class V>
+void softmax_backward_tile(const Tile<typename V::T>& t, bool gate, const typename V::T* shift,
+                           const typename V::T* delta) {
+  const BiasKind kind = !t.bias ? BiasKind::none : gate ? BiasKind::gate : BiasKind::add;
+  if (t.multiplier) {
+    if (kind == BiasKind::none) softmax_backward_tile<V, true, BiasKind::none>(t, shift, delta);
+    else if (kind == BiasKind::add) softmax_backward_tile<V, true, BiasKind::add>(t, shift, delta);
+    else softmax_backward_tile<V, true, BiasKind::gate>(t, shift, delta);
+  } else {
+    if (kind == BiasKind::none) softmax_backward_tile<V, false, BiasKind::none>(t, shift, delta);
+    else if (kind == BiasKind::add) softmax_backward_tile<V, false, BiasKind::add>(t, shift, delta);
+    else softmax_backward_tile<V, false, BiasKind::gate>(t, shift, delta);
+  }
+}
+
 // x -> kept ? x * factor : 0, by the bits of `keep`.
 template <class V>
 void drop_rows(typename V::T* x, int64_t ld, int64_t rows, int64_t cols, const uint64_t* keep, int64_t keep_ld,

@@ -33,6 +33,7 @@ struct VecAvx2 {
   static reg add(reg x, reg y) { return _mm256_add_ps(x, y); }
   static reg sub(reg x, reg y) { return _mm256_sub_ps(x, y); }
   static reg mul(reg x, reg y) { return _mm256_mul_ps(x, y); }
+  static reg div(reg x, reg y) { return _mm256_div_ps(x, y); }
   static reg fma(reg x, reg y, reg z) { return _mm256_fmadd_ps(x, y, z); }
   static reg max(reg x, reg y) { return _mm256_max_ps(x, y); }
   static float reduce_max(reg x) {

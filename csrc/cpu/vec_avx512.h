@@ -28,6 +28,7 @@ struct VecAvx512 {
   static reg add(reg x, reg y) { return _mm512_add_ps(x, y); }
   static reg sub(reg x, reg y) { return _mm512_sub_ps(x, y); }
   static reg mul(reg x, reg y) { return _mm512_mul_ps(x, y); }
+  static reg div(reg x, reg y) { return _mm512_div_ps(x, y); }
   static reg fma(reg x, reg y, reg z) { return _mm512_fmadd_ps(x, y, z); }
   static reg max(reg x, reg y) { return _mm512_max_ps(x, y); }
   static float reduce_max(reg x) { return _mm512_reduce_max_ps(x); }

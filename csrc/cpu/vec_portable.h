@@ -50,6 +50,7 @@ struct VecPortable {
   static reg add(reg x, reg y) { return x + y; }
   static reg sub(reg x, reg y) { return x - y; }
   static reg mul(reg x, reg y) { return x * y; }
+  static reg div(reg x, reg y) { return x / y; }
   static reg fma(reg x, reg y, reg z) { return x * y + z; }
   static reg max(reg x, reg y) { return x > y ? x : y; }
   static T reduce_max(reg x) {

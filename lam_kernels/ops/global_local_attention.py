@@ -16,7 +16,7 @@ from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
 from ._flops import pair_count
-from ._registration import gradients_like, reference_service, register
+from ._registration import cpu_service, gradients_like, reference_service, register
 from ._vmap import register_one_by_one
 
 
@@ -129,7 +129,11 @@ _RESULTS = "Tensor global_out, Tensor local_out, Tensor global_lse, Tensor local
 _SETTINGS = "int[] pattern, float scale"
 
 KERNELS = Services(
-    "global_local_attention", {"reference": reference_service("global_local_attention")}
+    "global_local_attention",
+    {
+        "cpu": cpu_service("global_local_attention"),
+        "reference": reference_service("global_local_attention"),
+    },
 )
 
 

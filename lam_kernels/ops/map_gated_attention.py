@@ -16,7 +16,7 @@ from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
 from ._flops import pair_count
-from ._registration import gradients_like, reference_service, register
+from ._registration import cpu_service, gradients_like, reference_service, register
 from ._vmap import register_one_by_one
 
 MAX_LENGTH = 512  # whole rows of both maps stay on chip
@@ -150,7 +150,13 @@ _OPERANDS = (
 )
 _SETTINGS = "int[] pattern, float scale, bool renormalise"
 
-KERNELS = Services("map_gated_attention", {"reference": reference_service("map_gated_attention")})
+KERNELS = Services(
+    "map_gated_attention",
+    {
+        "cpu": cpu_service("map_gated_attention"),
+        "reference": reference_service("map_gated_attention"),
+    },
+)
 
 
 def _fake_forward(query, key, value, *_):

@@ -1,6 +1,7 @@
-// The torch operators of the CPU kernels, by torch's stable ABI: checks tensors, allocates results, fills the plain
-// parameter struct. The public op has checked everything in words a user understands; the checks here are what keeps
-// a direct call of these private ops from reading outside of its tensors.
+// What the bindings of all CPU kernels share: tensors checked, results allocated, the plain parameter struct filled.
+// The public op has checked everything in words a user understands; the checks here are what keeps a direct call of
+// these private ops from reading outside of its tensors.
+#pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,7 +25,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-lam::DType dtype_of(const Tensor& t, const char* name) {
+inline lam::DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return lam::DType::f32;
@@ -40,7 +41,7 @@ lam::DType dtype_of(const Tensor& t, const char* name) {
 }
 
 // A size of -1 takes anything.
-void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, bool broadcast = false) {
+inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, bool broadcast = false) {
   STD_TORCH_CHECK(t.defined() && t.is_cpu(), name, " must be a CPU tensor");
   STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " axes, has ",
                   t.dim());
@@ -54,17 +55,17 @@ void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64
   STD_TORCH_CHECK(t.numel() == 0 || t.const_data_ptr() != nullptr, name, " has no memory");
 }
 
-void check_scalar_type(const Tensor& t, const char* name, ScalarType expected, const char* expected_name) {
+inline void check_scalar_type(const Tensor& t, const char* name, ScalarType expected, const char* expected_name) {
   STD_TORCH_CHECK(t.scalar_type() == expected, name, " must be ", expected_name);
 }
 
 // Kernels read their inputs through const access only; the struct has one pointer type for both directions.
-void* input_data(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+inline void* input_data(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 
-int64_t stride_or_broadcast(const Tensor& t, int64_t axis) { return t.size(axis) == 1 ? 0 : t.stride(axis); }
+inline int64_t stride_or_broadcast(const Tensor& t, int64_t axis) { return t.size(axis) == 1 ? 0 : t.stride(axis); }
 
 // The one copy there is. An axis that repeats one row stays one row: row_view gives it a stride of 0 again.
-Tensor with_unit_last_stride(Tensor t) {
+inline Tensor with_unit_last_stride(Tensor t) {
   if (t.size(3) == 1 || t.stride(3) == 1) return t;
   for (int64_t axis = 0; axis < 3; ++axis)
     if (t.stride(axis) == 0 && t.size(axis) > 1) t = torch::stable::narrow(t, axis, 0, 1);
@@ -72,15 +73,15 @@ Tensor with_unit_last_stride(Tensor t) {
 }
 
 // A call of torch::stable::contiguous costs microseconds even where there is nothing to do.
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-int64_t bytes_of(ScalarType dtype) {
+inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
 // A new contiguous tensor, contents undefined. A large one lives in memory that is kept from call to call: page faults
 // of fresh memory would be a good part of it.
-Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                 std::optional<ScalarType> dtype = std::nullopt) {
   constexpr int64_t kKeptFromBytes = int64_t{1} << 20;
   const ScalarType type = dtype ? *dtype : like.scalar_type();
@@ -103,19 +104,19 @@ Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef siz
   return Tensor(handle);
 }
 
-lam::View view(void* data, lam::DType dtype, const Tensor& t) {
+inline lam::View view(void* data, lam::DType dtype, const Tensor& t) {
   lam::View v{data, dtype, {0, 0, 0, 0}};
   for (int64_t axis = 0; axis < t.dim(); ++axis) v.stride[axis] = stride_or_broadcast(t, axis);
   return v;
 }
 
-lam::View row_view(const Tensor& t, lam::DType dtype) {  // query, key, value, grad_out
+inline lam::View row_view(const Tensor& t, lam::DType dtype) {  // query, key, value, grad_out
   lam::View v = view(input_data(t), dtype, t);
   v.stride[3] = 1;
   return v;
 }
 
-lam::View mask_view(const OptionalTensor& t, const char* name, const lam::MaskedAttentionParams& p) {
+inline lam::View mask_view(const OptionalTensor& t, const char* name, const lam::MaskedAttentionParams& p) {
   if (!t) return {};
   check_tensor(*t, name, {p.B, p.H, p.Lq, p.Lk}, /*broadcast=*/true);
   const lam::DType dtype = dtype_of(*t, name);
@@ -129,7 +130,7 @@ struct MaskOperand {
   OptionalTensor dense, columns, offset;
 };
 
-void check_factor(const Tensor& t, const char* name, const lam::MaskedAttentionParams& p, int64_t length, int64_t width) {
+inline void check_factor(const Tensor& t, const char* name, const lam::MaskedAttentionParams& p, int64_t length, int64_t width) {
   check_tensor(t, name, {p.B, p.H, length, width}, /*broadcast=*/true);
   STD_TORCH_CHECK(t.size(2) == length && t.size(3) == width, name, ": the last two axes must be [", length, ", ", width,
                   "], are [", t.size(2), ", ", t.size(3), "]");
@@ -138,7 +139,7 @@ void check_factor(const Tensor& t, const char* name, const lam::MaskedAttentionP
 }
 
 // Fills the struct; the operand keeps what had to be copied.
-void set_mask(MaskOperand& mask, const char* name, const lam::MaskedAttentionParams& p, lam::View& dense,
+inline void set_mask(MaskOperand& mask, const char* name, const lam::MaskedAttentionParams& p, lam::View& dense,
               lam::Factors& factors) {
   if (!mask.columns) {
     STD_TORCH_CHECK(!mask.offset, name, ": an offset needs columns");
@@ -163,13 +164,13 @@ void set_mask(MaskOperand& mask, const char* name, const lam::MaskedAttentionPar
 }
 
 // Every axis counts, also one of size 1: a result is addressed as what it is, [B, H, L, ...] contiguous.
-lam::View result_view(const Tensor& t, lam::DType dtype) {
+inline lam::View result_view(const Tensor& t, lam::DType dtype) {
   lam::View v{t.mutable_data_ptr(), dtype, {0, 0, 0, 0}};
   for (int64_t axis = 0; axis < t.dim(); ++axis) v.stride[axis] = t.stride(axis);
   return v;
 }
 
-std::vector<lam::SegmentIds> parse_segments(const std::vector<Tensor>& ids, const lam::MaskedAttentionParams& p) {
+inline std::vector<lam::SegmentIds> parse_segments(const std::vector<Tensor>& ids, const lam::MaskedAttentionParams& p) {
   STD_TORCH_CHECK(ids.size() % 2 == 0, "segment_ids must come in pairs of query and key ids");
   std::vector<lam::SegmentIds> segments;
   for (size_t s = 0; s < ids.size(); s += 2) {
@@ -188,7 +189,7 @@ std::vector<lam::SegmentIds> parse_segments(const std::vector<Tensor>& ids, cons
 }
 
 // [] or n_specs followed by n_specs times (n_terms, 4 x (kind, end_aligned, a, b)).
-std::vector<lam::PatternSpec> parse_patterns(const std::vector<int64_t>& ints, int64_t H, int64_t n_segments) {
+inline std::vector<lam::PatternSpec> parse_patterns(const std::vector<int64_t>& ints, int64_t H, int64_t n_segments) {
   constexpr size_t kTermInts = 4, kSpecInts = 1 + kTermInts * lam::kMaxPatternTerms;
   if (ints.empty()) return {};
   const int64_t n_specs = ints[0];
@@ -230,7 +231,7 @@ std::vector<lam::PatternSpec> parse_patterns(const std::vector<int64_t>& ints, i
 
 // A task of the kernel runs exactly once, on the lane of its own index if there is one: a kernel that asks for as many
 // tasks as threads, several times, finds its data in the same core's cache. Further tasks go to whoever is free.
-void parallel_for(int64_t n, void (*body)(void*, int64_t), void* ctx) {
+inline void parallel_for(int64_t n, void (*body)(void*, int64_t), void* ctx) {
   if (n <= 0) return;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t lanes = n < threads ? n : threads;
@@ -323,127 +324,77 @@ struct Call {
   lam::DType lse_kernel_dtype() const {
     return p.query.dtype == lam::DType::f64 ? lam::DType::f64 : lam::DType::f32;
   }
+};
 
-  void run(lam::MaskedAttentionKernel kernel) const {
-    STD_TORCH_CHECK(kernel(p) == 0, "out of memory: the system has no scratch memory for this call");
+template <class Kernel, class Params>
+void run_kernel(Kernel kernel, const Params& p) {
+  STD_TORCH_CHECK(kernel(p) == 0, "out of memory: the system has no scratch memory for this call");
+}
+
+// A gradient of the operand's shape to be filled in; empty when it is not wanted, zero when there is no pair.
+inline Tensor allocate_gradient(const Tensor& operand, bool wanted, bool no_pairs, lam::DType dtype, lam::View& v) {
+  if (!wanted) return allocate(operand, Shape{0});
+  const auto sizes = operand.sizes();
+  if (no_pairs) return torch::stable::new_zeros(operand, sizes);
+  Tensor grad = allocate(operand, sizes);
+  v = view(grad.mutable_data_ptr(), dtype, grad);
+  return grad;
+}
+
+inline bool wanted(const std::vector<bool>& needs) {
+  for (const bool one : needs)
+    if (one) return true;
+  return false;
+}
+inline void check_needs(const std::vector<bool>& needs, size_t count) {
+  STD_TORCH_CHECK(needs.size() == count, "needs must hold ", count, " flags, has ", needs.size());
+}
+
+// The gradient of an operand that may be absent.
+inline Tensor allocate_gradient(const OptionalTensor& operand, const Tensor& query, bool want, bool no_pairs,
+                                lam::DType dtype, lam::View& v) {
+  STD_TORCH_CHECK(operand || !want, "no gradient of an operand that is not there");
+  return allocate_gradient(operand ? *operand : query, want, no_pairs, dtype, v);
+}
+
+// Gradients of query, key and value.
+inline std::tuple<Tensor, Tensor, Tensor> allocate_row_gradients(lam::MaskedAttentionParams& p, const Tensor& query,
+                                                                 const Tensor& key, const Tensor& value,
+                                                                 const std::vector<bool>& needs, bool no_pairs) {
+  const lam::DType dtype = p.query.dtype;
+  std::tuple<Tensor, Tensor, Tensor> grads{allocate_gradient(query, needs[0], no_pairs, dtype, p.grad_query),
+                                           allocate_gradient(key, needs[1], no_pairs, dtype, p.grad_key),
+                                           allocate_gradient(value, needs[2], no_pairs, dtype, p.grad_value)};
+  // A head dim of 1 is no broadcast: rows are addressed by their unit last stride.
+  p.grad_query.stride[3] = p.grad_key.stride[3] = p.grad_value.stride[3] = 1;
+  return grads;
+}
+
+// A result, its lse and its gradient, as the backward pass reads them; they outlive the kernel's call.
+struct ResultGradient {
+  Tensor grad_out, out, lse;
+  lam::DType lse_dtype;
+
+  ResultGradient(const Call& call, const Tensor& grad_out_in, const Tensor& out_in, const Tensor& lse_in)
+      : grad_out(grad_out_in), out(out_in), lse(lse_in), lse_dtype(call.lse_kernel_dtype()) {
+    const lam::MaskedAttentionParams& p = call.p;
+    check_tensor(grad_out, "grad_out", {p.B, p.H, p.Lq, p.Dv});
+    check_tensor(out, "out", {p.B, p.H, p.Lq, p.Dv});
+    check_tensor(lse, "lse", {p.B, p.H, p.Lq});
+    const ScalarType dtype = call.query.scalar_type();
+    STD_TORCH_CHECK(grad_out.scalar_type() == dtype && out.scalar_type() == dtype,
+                    "grad_out and out must have query's dtype");
+    STD_TORCH_CHECK(lse.scalar_type() == call.lse_dtype(), "lse has the wrong dtype");
+    grad_out = with_unit_last_stride(grad_out);
+    out = as_contiguous(out);
+    lse = as_contiguous(lse);
+  }
+
+  void fill(lam::MaskedAttentionParams& p) const {
+    p.out = row_view(out, p.query.dtype);
+    p.lse = view(input_data(lse), lse_dtype, lse);
+    p.grad_out = row_view(grad_out, p.query.dtype);
   }
 };
 
-std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(
-    Tensor query, Tensor key, Tensor value, OptionalTensor multiplier, OptionalTensor bias,
-    OptionalTensor multiplier_columns, OptionalTensor multiplier_offset, OptionalTensor bias_columns,
-    OptionalTensor bias_offset, OptionalTensor attn_mask, OptionalTensor key_mask, std::vector<Tensor> segment_ids,
-    OptionalTensor rng_state, std::vector<int64_t> pattern, double scale, double dropout_p, bool gate) {
-  Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
-            attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
-  lam::MaskedAttentionParams& p = call.p;
-  const Shape out_shape{p.B, p.H, p.Lq, p.Dv}, lse_shape{p.B, p.H, p.Lq};
-  Tensor out = allocate(query, out_shape);
-  Tensor lse = allocate(query, lse_shape, call.lse_dtype());
-  if (call.no_pairs()) {
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-    return {out, lse};
-  }
-  p.out = result_view(out, p.query.dtype);
-  p.lse = result_view(lse, call.lse_kernel_dtype());
-  call.run(lam::masked_attention_fwd_kernel(p.query.dtype));
-  return {out, lse};
-}
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Gradients masked_attention_cpu_bwd(
-    Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor multiplier,
-    OptionalTensor bias, OptionalTensor multiplier_columns, OptionalTensor multiplier_offset,
-    OptionalTensor bias_columns, OptionalTensor bias_offset, OptionalTensor attn_mask, OptionalTensor key_mask,
-    std::vector<Tensor> segment_ids, OptionalTensor rng_state, Tensor out, Tensor lse, std::vector<int64_t> pattern,
-    double scale, double dropout_p, bool gate, std::vector<bool> needs) {
-  Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
-            attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
-  lam::MaskedAttentionParams& p = call.p;
-  STD_TORCH_CHECK(needs.size() == 9, "needs must hold 9 flags, has ", needs.size());
-  const OptionalTensor* const masks[] = {&multiplier,        &bias,         &multiplier_columns,
-                                         &multiplier_offset, &bias_columns, &bias_offset};
-  for (size_t k = 0; k < 6; ++k)
-    STD_TORCH_CHECK(*masks[k] || !needs[3 + k], "no gradient of an operand that is not there");
-
-  const lam::DType lse_dtype = call.lse_kernel_dtype();
-  check_tensor(grad_out, "grad_out", {p.B, p.H, p.Lq, p.Dv});
-  check_tensor(out, "out", {p.B, p.H, p.Lq, p.Dv});
-  check_tensor(lse, "lse", {p.B, p.H, p.Lq});
-  STD_TORCH_CHECK(grad_out.scalar_type() == query.scalar_type() && out.scalar_type() == query.scalar_type(),
-                  "grad_out and out must have query's dtype");
-  STD_TORCH_CHECK(lse.scalar_type() == call.lse_dtype(), "lse has the wrong dtype");
-  grad_out = with_unit_last_stride(grad_out);
-  out = as_contiguous(out);
-  lse = as_contiguous(lse);
-  if (grad_lse) {
-    check_tensor(*grad_lse, "grad_lse", {p.B, p.H, p.Lq});
-    STD_TORCH_CHECK(grad_lse->scalar_type() == call.lse_dtype(), "grad_lse must have the dtype of lse");
-    grad_lse = as_contiguous(*grad_lse);
-  }
-
-  const bool zeros = call.no_pairs();
-  const Shape empty{0};
-  auto gradient = [&](const Tensor& operand, bool wanted, lam::DType dtype, lam::View& v) {
-    if (!wanted) return allocate(operand, empty);
-    const auto sizes = operand.sizes();
-    if (zeros) return torch::stable::new_zeros(operand, sizes);
-    Tensor grad = allocate(operand, sizes);
-    v = view(grad.mutable_data_ptr(), dtype, grad);
-    return grad;
-  };
-  const lam::DType dtype = p.query.dtype;
-  Tensor grad_query = gradient(query, needs[0], dtype, p.grad_query);
-  Tensor grad_key = gradient(key, needs[1], dtype, p.grad_key);
-  Tensor grad_value = gradient(value, needs[2], dtype, p.grad_value);
-  auto mask_gradient = [&](const OptionalTensor& operand, bool want, const lam::View& like, lam::View& v) {
-    return gradient(operand ? *operand : query, want, like.dtype, v);
-  };
-  lam::Factors &dm = p.grad_multiplier_factors, &db = p.grad_bias_factors;
-  const lam::Factors &m = p.multiplier_factors, &a = p.bias_factors;
-  const bool low_m = m.rank > 0, low_a = a.rank > 0;
-  dm.rank = m.rank, db.rank = a.rank;
-  Tensor grad_multiplier = mask_gradient(multiplier, needs[3], low_m ? m.rows : p.multiplier, low_m ? dm.rows : p.grad_multiplier);
-  Tensor grad_bias = mask_gradient(bias, needs[4], low_a ? a.rows : p.bias, low_a ? db.rows : p.grad_bias);
-  Tensor grad_multiplier_columns = mask_gradient(multiplier_columns, needs[5], m.columns, dm.columns);
-  Tensor grad_multiplier_offset = mask_gradient(multiplier_offset, needs[6], m.offset, dm.offset);
-  Tensor grad_bias_columns = mask_gradient(bias_columns, needs[7], a.columns, db.columns);
-  Tensor grad_bias_offset = mask_gradient(bias_offset, needs[8], a.offset, db.offset);
-
-  bool wanted = false;
-  for (const bool need : needs) wanted = wanted || need;
-  if (!zeros && wanted) {
-    p.out = row_view(out, dtype);
-    p.lse = view(input_data(lse), lse_dtype, lse);
-    p.grad_out = row_view(grad_out, dtype);
-    if (grad_lse) p.grad_lse = view(input_data(*grad_lse), lse_dtype, *grad_lse);
-    // A head dim of 1 is no broadcast: rows are addressed by their unit last stride.
-    p.grad_query.stride[3] = p.grad_key.stride[3] = p.grad_value.stride[3] = 1;
-    call.run(lam::masked_attention_bwd_kernel(dtype));
-  }
-  return {grad_query, grad_key, grad_value, grad_multiplier, grad_bias, grad_multiplier_columns, grad_multiplier_offset,
-          grad_bias_columns, grad_bias_offset};
-}
-
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(lam_kernels, m) {
-  m.def(
-      "masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? multiplier, Tensor? bias, "
-      "Tensor? multiplier_columns, Tensor? multiplier_offset, Tensor? bias_columns, Tensor? bias_offset, "
-      "Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, Tensor? rng_state, int[] pattern, float scale, "
-      "float dropout_p, bool gate) -> (Tensor, Tensor)");
-  m.def(
-      "masked_attention_cpu_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor? multiplier, Tensor? bias, Tensor? multiplier_columns, Tensor? multiplier_offset, "
-      "Tensor? bias_columns, Tensor? bias_offset, Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, "
-      "Tensor? rng_state, Tensor out, Tensor lse, int[] pattern, float scale, float dropout_p, bool gate, "
-      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CPU, m) {
-  m.impl("masked_attention_cpu_fwd", TORCH_BOX(&masked_attention_cpu_fwd));
-  m.impl("masked_attention_cpu_bwd", TORCH_BOX(&masked_attention_cpu_bwd));
-}
