@@ -282,7 +282,7 @@ def _patterns() -> list[Case]:
 
 
 def _low_rank() -> list[Case]:
-    """A multiplier of rank 64 by its factors, against the dense one and PyTorch's product of them."""
+    """A multiplier of rank 64 by its factors, against the dense one and PyTorch's product."""
     cases = []
     for L, of_dense, of_compile, mib in ((1024, 1.0, 0.4, 16.0), (4096, 0.9, 0.4, 60.0)):
         problem = _shape(1, 8, L, multiplier="rank 64: 11 11 11")
