@@ -8,6 +8,7 @@ workloads   W1 to W22 (workloads.py)
 foundation  the held targets of the first milestone: every row of its table, every sentence below
 low-rank    a mask by its factors against the dense one
 lengths     time and memory over L, finer and with more peers than the overview
+two-maps    the targets of global and local attention together (two_map_cases.py)
 gpu         what a CUDA machine is asked
 smoke       tiny problems that only show that the bench works
 """
@@ -78,6 +79,7 @@ SECTIONS = {
     "memory": "Peak extra memory: forward and backward, results and cached scratch included",
     "threads": "One thread against two",
     "overhead": "Host overhead of a call on a tiny shape, above a plain autograd.Function",
+    "two maps": "Global and local attention together",
     "gpu": "On a CUDA machine",
     "smoke": "Tiny problems that only show that the bench works",
 }
@@ -366,13 +368,22 @@ def _gpu() -> list[Case]:
     return cases
 
 
+def _two_maps() -> list[Case]:
+    from .two_map_cases import two_map_cases  # a file of its own, which needs what is defined here
+
+    return two_map_cases()
+
+
 CASES = {
     case.name: case
     for case in (
-        *_lengths(), *_workloads(), *_patterns(), *_low_rank(), *_foundation(), *_gpu(), *_smoke()
+        *_lengths(), *_workloads(), *_patterns(), *_low_rank(), *_foundation(), *_two_maps(),
+        *_gpu(), *_smoke(),
     )
 }  # fmt: skip
-SETS = ("overview", "workloads", "lengths", "foundation", "low-rank", "gpu", "smoke")
+SETS = (
+    "overview", "workloads", "lengths", "foundation", "low-rank", "two-maps", "gpu", "smoke",
+)  # fmt: skip
 
 
 def select(set_name: str, quick: bool = False, names: list[str] | None = None) -> list[Case]:

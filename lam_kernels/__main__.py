@@ -1,4 +1,4 @@
-"""python -m lam_kernels: info | train TASK | evaluate TASK | swap MODULE:FUNCTION."""
+"""python -m lam_kernels: info | train | evaluate | analyse TASK | swap MODULE:FUNCTION."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ examples:
       reads a checkpoint back and measures it
   python -m lam_kernels swap my_project.models:build
       puts the fused ops into your model, checks outputs and gradients, times a training step
+  python -m lam_kernels train scene-classification
+      tags of video clips: global attention beside global and local, on real sequences
+  python -m lam_kernels analyse scene-classification --checkpoint FILE
+      how much each frame depends on its neighbours, and a clip's attention maps
 """
 
 
@@ -134,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     swap_command.add_arguments(command)
+    command = commands.add_parser("analyse", help="look into a trained model")
+    choices = command.add_subparsers(metavar="TASK", required=True)
+    for name, task in tasks.items():
+        if hasattr(task, "analyse"):
+            options = choices.add_parser(name, help=task.analyse.__doc__)
+            task.add_analyse_arguments(options)
+            options.set_defaults(run=task.analyse)
     return parser
 
 

@@ -19,6 +19,8 @@ OPS = {
     "masked_attention": "masked_attention",
     "lam_attention": "masked_attention",
     "window_attention": "masked_attention",
+    "global_local_attention": "global_local_attention",
+    "map_gated_attention": "map_gated_attention",
 }
 NOT_OPS = {"backends", "explain"}
 
@@ -34,6 +36,10 @@ LONGER = {
     "lam_kernels/ops/masked_attention.py": (
         560,
         "docstrings that are the manual, schema, fake, autograd, vmap and FLOPs of one op",
+    ),
+    "tests/ops/test_two_map_ops.py": (
+        450,
+        "what torch and a caller expect of an op, the same for two ops, on one page",
     ),
     "tests/ops/test_masked_attention_contract.py": (
         1000,

@@ -23,8 +23,15 @@ def require_matplotlib() -> None:
     optional_package("matplotlib.figure", "drawing pictures")
 
 
-def draw_loss_curves(path: Path, histories: dict[str, dict], *, measure: str = "accuracy") -> None:
+def draw_loss_curves(
+    path: Path,
+    histories: dict[str, dict],
+    *,
+    measure: str = "accuracy",
+    measure_name: str | None = None,
+) -> None:
     """Training loss a step (left) and the measure an epoch (right) of each named history."""
+    shown = measure_name or measure
     figure = _figure(10, 4)
     left, right = figure.subplots(1, 2)
     for index, (name, history) in enumerate(histories.items()):
@@ -38,10 +45,33 @@ def draw_loss_curves(path: Path, histories: dict[str, dict], *, measure: str = "
         values = [100 * value for value in history[measure]]
         right.plot(range(1, len(values) + 1), values, **look)
     left.set(xlabel="step", ylabel="training loss", title="Training loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel=f"test {measure} (%)", title=f"Test {measure}")
+    right.set(xlabel="epoch", ylabel=f"test {shown} (%)", title=f"Test {shown}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_sensitivity(path: Path, profiles: dict[str, Tensor], curves: dict[str, Tensor]) -> None:
+    """Attention maps [T, T] of a clip (above), and each model's share of a frame's gradient that
+    comes from its neighbours (below).
+    """
+    figure = _figure(11, 7.5)
+    grid = figure.add_gridspec(2, len(profiles), height_ratios=(1.2, 1))
+    for column, (name, profile) in enumerate(profiles.items()):
+        axes = figure.add_subplot(grid[0, column])
+        shown = axes.imshow(profile.numpy(), cmap="viridis", vmin=0)
+        axes.set(title=f"{name} attention, mean of the heads", xlabel="frame", ylabel="of frame")
+        figure.colorbar(shown, ax=axes, fraction=0.046)
+    axes = figure.add_subplot(grid[1, :])
+    for index, (name, values) in enumerate(curves.items()):
+        axes.plot(
+            values.numpy(), label=name, color=_COLOURS[index // 2 % len(_COLOURS)],
+            linestyle=_STYLES[index % 2], linewidth=1.4,
+        )  # fmt: skip
+    axes.axhline(0.5, color="grey", linewidth=0.8)
+    axes.set(xlabel="frame", ylabel="sensitivity to neighbours", ylim=(0, 1.02))
+    axes.legend(frameon=False, ncols=4, fontsize=8)
     _save(figure, path)
 
 

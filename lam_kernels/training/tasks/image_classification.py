@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import lam_kernels
 from lam_kernels.data import LabelledImages, load_digits, load_image_folder
 from lam_kernels.models.image_classifier import ImageClassifier, ImageClassifierConfig
 from lam_kernels.optional_package import optional_package
@@ -44,6 +42,7 @@ from lam_kernels.training.loop import (
     read_history,
     seconds_per_step,
 )
+from lam_kernels.training.machine import add_machine_arguments, apply_machine, check_backend
 from lam_kernels.training.peak_memory import PeakMemory
 from lam_kernels.user_error import UserError
 
@@ -137,7 +136,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--no-pictures", action="store_true", help="draw nothing")
     # one of the three processes of a comparison: the table and the pictures come from the parent
     run.add_argument("--in-comparison", action="store_true", help=argparse.SUPPRESS)
-    _add_machine_arguments(run)
+    add_machine_arguments(run)
     model = parser.add_argument_group("model")
     for name, text in (
         ("image-size", "images become squares of this side"),
@@ -168,12 +167,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="FOLDER", help="images to measure on (default: what it was trained on)"
     )
     parser.add_argument("--backend", help="of the op (default: as in training)")
-    _add_machine_arguments(parser)
-
-
-def _add_machine_arguments(group) -> None:
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add_machine_arguments(parser)
 
 
 def _help(text: str, option: str) -> str:
@@ -220,7 +214,7 @@ def train(args: argparse.Namespace) -> int:
     if not args.no_pictures:
         pictures.require_matplotlib()
     optional_package("safetensors.torch", "writing a checkpoint")
-    _apply_machine(args)
+    apply_machine(args)
     if args.variant is None and args.resume is None:
         refuse_torchrun("give --variant: the comparison starts processes of its own")
         return _train_all(args)
@@ -479,26 +473,9 @@ def _shorten(names) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
-def _apply_machine(args: argparse.Namespace) -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
-    if args.threads is not None:
-        most = 4 * (os.cpu_count() or 1)
-        if not 1 <= args.threads <= most:
-            raise UserError(f"--threads must be 1 to {most} on this machine, got {args.threads}")
-        torch.set_num_threads(args.threads)
-
-
 def _check_backend(variant: str, backend: str | None, device: str) -> None:
-    """A backend that cannot run is a sentence now, not a traceback after the data was read."""
-    if variant == "plain" or device != "cpu":
-        return
-    known = lam_kernels.backends()
-    if backend is not None and backend not in known:
-        raise UserError(f"--backend must be one of {', '.join(known)}, got {backend}")
-    reason = known[backend or "cpu"]
-    if reason:
-        raise UserError(f"the backend {backend or 'cpu'} cannot run: {reason}")
+    if variant != "plain":
+        check_backend(backend, device)
 
 
 @torch.no_grad()
@@ -519,7 +496,7 @@ def _accuracy(
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    _apply_machine(args)
+    apply_machine(args)
     checkpoint = load_checkpoint(args.checkpoint, TASK)
     model, run_backend, loop = _model_of(checkpoint, args.backend)
     _check_backend(checkpoint.config["variant"], run_backend, args.device)

@@ -1,0 +1,170 @@
+"""train, evaluate and analyse scene-classification on small shards in the form of YouTube-8M."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lam_kernels.data import tfrecord
+from lam_kernels.data.youtube8m import Clip, encode_clip
+from lam_kernels.training.checkpoint import load_checkpoint
+
+SIZES = "--classes 4 --visual-width 8 --audio-width 8 --heads 2 --max-len 12 --radius 2"
+SMALL = f"{SIZES} --epochs 2 --batch-size 8 --no-pictures --backend reference"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Clips whose labels can be read off their features."""
+    folder = tmp_path_factory.mktemp("shards")
+    generator = torch.Generator().manual_seed(0)
+    for shard in range(2):
+        clips = []
+        for n in range(20):
+            length = 3 + n % 9
+            labels = tuple(k for k in range(4) if (n + shard) >> k & 1)
+            visual = torch.randint(0, 100, (length, 8), generator=generator, dtype=torch.uint8)
+            visual[:, list(labels)] += 150
+            audio = torch.randint(0, 256, (length, 8), generator=generator, dtype=torch.uint8)
+            clips.append(Clip(f"{shard}-{n}", labels, visual, audio))
+        tfrecord.write_records(folder / f"{shard}.tfrecord", map(encode_clip, clips))
+    return str(folder / "*.tfrecord")
+
+
+@pytest.fixture
+def run(lam, shards, tmp_path):
+    def call(*options, variant="share", data=shards):
+        line = f"train scene-classification --variant {variant} {SMALL} --out {tmp_path / 'out'}"
+        return lam(line, "--data", data, *options)
+
+    return call
+
+
+def checkpoint_of(tmp_path, variant="share"):
+    return tmp_path / "out" / variant / "checkpoint.safetensors"
+
+
+def losses(path):
+    return load_checkpoint(path, "scene-classification").history["loss"]
+
+
+@pytest.mark.parametrize("variant", ["global", "share", "gate_map", "gate_output"])
+def test_trains_and_evaluates(run, lam, tmp_path, variant):
+    code, out, err = run("--epochs", "12", "--lr", "0.02", variant=variant)
+    assert code == 0, err
+    assert "GAP@20" in out
+    path = checkpoint_of(tmp_path, variant)
+    history = losses(path)
+    assert sum(history[-4:]) < 0.7 * sum(history[:4])
+    code, out, err = lam(f"evaluate scene-classification --checkpoint {path}")
+    assert code == 0, err
+    measured = re.search(r"GAP@20 ([\d.]+), MAP", out)[1]
+    assert f"recorded in training: GAP@20 {measured}" in out
+
+
+def test_resumed_training_is_the_same(run, tmp_path):
+    assert run("--epochs", "3")[0] == 0
+    whole = losses(checkpoint_of(tmp_path))
+    first = checkpoint_of(tmp_path)
+    first.unlink()
+    # the schedule depends on the number of epochs, so the run is stopped, not shortened
+    from lam_kernels.training import loop
+
+    original, seen = loop.Ranks.mean, []
+
+    def stop(self, value):
+        seen.append(value)
+        if len(seen) == 2 * len(whole) // 3:
+            raise KeyboardInterrupt
+        return original(self, value)
+
+    loop.Ranks.mean = stop
+    try:
+        code, _, err = run("--epochs", "3")
+    finally:
+        loop.Ranks.mean = original
+    assert code == 130
+    assert "resume with:" in err
+    line = ["train", "scene-classification", "--resume", str(first), "--no-pictures"]
+    import lam_kernels.__main__ as command
+
+    assert command.main(line) == 0
+    assert losses(first) == whole
+
+
+def test_bf16(run):
+    assert run("--dtype", "bf16")[0] == 0
+
+
+def test_corrupt_records(run, shards, tmp_path, refused):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for source in Path(shards).parent.glob("*.tfrecord"):
+        (folder / source.name).write_bytes(source.read_bytes())
+    data = bytearray((folder / "0.tfrecord").read_bytes())
+    data[60] ^= 1
+    (folder / "0.tfrecord").write_bytes(data)
+    code, out, err = run(data=str(folder / "*.tfrecord"))
+    assert code == 0, err
+    assert out.count("skipped: ") == 1
+    assert "0.tfrecord: record 0: the checksum of its content is wrong" in out
+    assert "1 corrupt records in 1 files were skipped" in out
+    code, _, err = run("--corrupt", "stop", data=str(folder / "*.tfrecord"))
+    assert code == 2
+    assert "record 0: the checksum" in err
+
+
+def test_refusals(run, lam, refused, tmp_path, shards):
+    refused(run(data=str(tmp_path / "none*")), "no file matches")
+    refused(run("--heads", "3"), "heads must divide visual_width")
+    refused(run("--epochs", "0"), "epochs must be an integer")
+    assert run()[0] == 0
+    path = checkpoint_of(tmp_path)
+    again = f"train scene-classification --no-pictures --resume {path}"
+    refused(lam(again), "epoch 2 of 2 is done already")
+    refused(lam(f"{again} --lr 1"), "--lr cannot be given with --resume")
+    other = f"evaluate image-classification --checkpoint {path}"
+    refused(lam(other), "is of the task 'scene-classification'")
+
+
+def test_analyse_draws_and_prints(run, lam, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert run(variant="gate_output")[0] == 0
+    path = checkpoint_of(tmp_path, "gate_output")
+    picture = tmp_path / "picture.png"
+    line = f"analyse scene-classification --checkpoint {path} --norm sum --out {picture}"
+    code, out, err = lam(line)
+    assert code == 0, err
+    assert "gate_output, visual: mean sensitivity 0." in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_train_what_one_does(run, shards, tmp_path):
+    """torchrun, gloo: the losses of one process, to the rounding of a sum in another order."""
+    assert run()[0] == 0
+    alone = losses(checkpoint_of(tmp_path))
+    out = tmp_path / "two"
+    line = f"train scene-classification --variant share {SMALL} --threads 1".split()
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "lam_kernels", *line, "--out", str(out), "--data", shards,
+    ]  # fmt: skip
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| share") == 1  # one of them speaks
+    together = losses(out / "share" / "checkpoint.safetensors")
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-4, atol=1e-5)
+    result = json.loads((out / "share" / "result.json").read_text())
+    assert result["skipped"] == 0
