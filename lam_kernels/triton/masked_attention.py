@@ -104,13 +104,26 @@ class _Call(NamedTuple):
         }
 
     def configuration(self, kernel: str) -> configurations.Configuration:
-        return configurations.choose(
-            kernel, self.query.device, self.query.dtype, self.D, self.Dv, self.Lq, self.Lk
-        )
+        problem = configurations.Problem(
+            kernel, self.query.element_size(), max(self.D, self.Dv), self.Lq, self.Lk,
+            self.B * self.H,
+        )  # fmt: skip
+        return configurations.choose(problem, self.query.device)
+
+    def order(self) -> str:
+        """By the first mask that has rows and columns, whose tiles are what programs share."""
+        masks = (self.o.multiplier, self.o.bias, self.o.attn_mask)
+        for mask in masks:
+            if mask is not None and mask.row is not None and mask.column is not None:
+                shape = mask.pointer.shape
+                return configurations.order((shape[0] == self.B, shape[1] == self.H))
+        return configurations.order(None)
 
     def pack(self) -> int:
         """Heads that one tile takes; 0 where a head does not fit in one."""
-        block = configurations.short_block(self.query.device, self.D, self.Dv)
+        block = configurations.short_block(
+            self.query.device, self.query.element_size(), max(self.D, self.Dv)
+        )
         longest = max(self.Lq, self.Lk)
         if longest > block:
             return 0
@@ -120,10 +133,11 @@ class _Call(NamedTuple):
     def short_settings(self, pack: int) -> dict:
         """Compile-time constants of the short kernels."""
         block_m, block_n = (_block_of(pack * length) for length in (self.Lq, self.Lk))
-        left_out = ("STEPPED", "HIDES", "EVEN", "num_warps")
-        settings = self.settings(configurations.Configuration(block_m, block_n, 4, 1))
+        warps = configurations.SHORT_WARPS[max(block_m, block_n)]
+        settings = self.settings(configurations.Configuration(block_m, block_n, warps, 1))
+        left_out = ("STEPPED", "HIDES", "EVEN")
         settings = {name: value for name, value in settings.items() if name not in left_out}
-        return settings | {"PACK": pack, "num_warps": configurations.short_warps(block_m, block_n)}
+        return settings | {"PACK": pack}
 
     def tiles(self, length: int, block: int, step: int | None = None) -> int:
         """Tiles of an axis, those of each residue class on their own."""
@@ -203,7 +217,7 @@ def masked_attention_fwd(
         launch(
             forward_kernel, B * H * tiles,
             call.o, out, lse, scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
-            ORDER=_order(call), **call.settings(chosen),
+            ORDER=call.order(), **call.settings(chosen),
         )  # fmt: skip
     return out, lse
 
@@ -297,7 +311,7 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
         launch(
             rows_kernel, B * H * tiles,
             call.o, g, grads[0] if needs[0] else None, targets, call.scale, *call.dropout,
-            B, H, call.group, Lq, Lk, tiles, ORDER=_order(call), **call.settings(chosen),
+            B, H, call.group, Lq, Lk, tiles, ORDER=call.order(), **call.settings(chosen),
         )  # fmt: skip
         _reduce(sums, grads)
     if columns_run:
@@ -311,7 +325,7 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
             columns_kernel, B * (H // call.group) * tiles,
             call.o, g, grads[1] if needs[1] else None, grads[2] if needs[2] else None, targets,
             call.scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
-            ORDER=_order(call), **settings,
+            ORDER=call.order(), **settings,
         )  # fmt: skip
         _reduce(sums, grads)
     if plan.has("tiles"):
@@ -404,7 +418,3 @@ def _launch_tiles(call: _Call, g: Backward, which: list[int], grads: list[Tensor
     )  # fmt: skip
     for at, sums in partial.items():
         grads[3 + at].copy_(sums.sum(0))
-
-
-def _order(call: _Call) -> str:
-    return "tiles"

@@ -119,7 +119,7 @@ def rows_kernel(
         multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
         bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
         _, ds, dm, da = slopes(
-            s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
+            o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
         )
         if grads.multiplier is not None:
             mask_gradient_tile(grads.multiplier, batch, head, rows, columns, Lq, Lk, dm)
@@ -205,7 +205,7 @@ def columns_kernel(
             multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
             bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
             p, ds, dm, da = slopes(
-                s, dp, seen, multiplier, bias, lse[None, :], delta[None, :], GATE, HIDES
+                o, s, dp, seen, multiplier, bias, lse[None, :], delta[None, :], GATE, HIDES
             )
             if grads.multiplier is not None:
                 mask_gradient_tile(grads.multiplier, batch, head, rows, columns, Lq, Lk, dm)
@@ -310,7 +310,7 @@ def tiles_kernel(
         multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
         bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
         _, _, dm, da = slopes(
-            s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
+            o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
         )
         if grads.multiplier is not None:
             dm_total += dm

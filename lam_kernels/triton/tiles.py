@@ -104,9 +104,10 @@ def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, va
 
 @triton.jit
 def learned_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
-    """Multiplier or bias in float32, None where there is none."""
+    """Multiplier or bias in float32; a 1 that nobody uses where there is none (Triton 3.6 returns
+    no None)."""
     if mask is None:
-        return None
+        return tl.full([1, 1], 1.0, tl.float32)
     else:
         return mask_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN).to(tl.float32)
 
@@ -133,42 +134,42 @@ def seen_pairs(
 
 
 @triton.jit
-def fused_scores(s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
+def fused_scores(o, s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
     """(F, Z, visible) of the formulas: F = S * M + A, or S * M where A is a gate. HIDES: `seen`
     is not everything."""
     f = s
     visible = seen
-    if multiplier is not None:
+    if o.multiplier is not None:
         f = f * multiplier
     z = f
-    if bias is not None:
+    if o.bias is not None:
         if GATE:
             visible = visible & (bias != 0)
             z = f + tl.log(tl.where(visible, bias, 1.0))
         else:
             f = f + bias
             z = f
-            if multiplier is not None:  # whose value may be NaN where the bias hides
+            if o.multiplier is not None:  # whose value may be NaN where the bias hides
                 visible = visible & (bias != -_INF)
-    if HIDES or (bias is not None and (GATE or multiplier is not None)):
+    if HIDES or (o.bias is not None and (GATE or o.multiplier is not None)):
         z = tl.where(visible, z, -_INF)
     return f, z, visible
 
 
 @triton.jit
 def slopes(
-    s, dp, seen, multiplier, bias, lse, delta,
+    o, s, dp, seen, multiplier, bias, lse, delta,
     GATE: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """(P, dS, dM, dA) of a tile. lse is +inf in a row that sees no key: every weight is 0."""
-    f, z, visible = fused_scores(s, seen, multiplier, bias, GATE, HIDES)
+    f, z, visible = fused_scores(o, s, seen, multiplier, bias, GATE, HIDES)
     p = tl.exp2((z - lse) * LOG2E)
     slope = dp - delta
     dz = p * slope
     ds = dz
-    if multiplier is not None:
+    if o.multiplier is not None:
         ds = dz * multiplier
-        if HIDES or bias is not None:
+        if HIDES or o.bias is not None:
             ds = tl.where(visible, ds, 0.0)
     da = dz
     if GATE:  # finite also where the gate is 0, and then not P / A
