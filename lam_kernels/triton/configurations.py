@@ -2,10 +2,10 @@
 
 TABLE[kernel][width, head dim] lists what may be used: `width` is the operands' bytes an element,
 head dim the larger of D and Dv rounded up to the table's next step. The rule (cost) counts, it has
-not been fitted to a measurement: for each entry the waves of programs on the device times the cycles of one
-program, padding included. A new GPU is tuned by adding entries, compiling them ahead of time
-(tests/triton_kernels/compile_ahead.py prints registers, stack and shared memory) and measuring them
-with LAM_TRITON_AUTOTUNE=1.
+not been fitted to a measurement: for each entry the waves of programs on the device times the
+cycles of one program, padding included. A new GPU is tuned by adding entries, compiling them ahead
+of time (tests/triton_kernels/compile_ahead.py prints registers, stack and shared memory) and
+measuring them with LAM_TRITON_AUTOTUNE=1 (autotune.py).
 
 In the interpreter tiles are chosen for the tests: several of them in short sequences.
 """
@@ -71,9 +71,9 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 256): (_C(32, 32, 8, 1),),
     },
 }
-# The longest head that one tile takes, by (bytes an element, head dim); wider heads fit in none
-SHORT = {(2, 32): 64, (2, 64): 64, (2, 128): 64, (4, 32): 64, (4, 64): 32}
-SHORT_WARPS = {16: 4, 32: 4, 64: 4}
+# (bytes an element, head dim) -> the longest head that one tile takes, and the warps; wider heads
+# fit in none
+SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (2, 128): (64, 4), (4, 32): (64, 8), (4, 64): (32, 4)}
 _INTERPRETED_SHORT = 32
 
 # bytes of shared memory that one program may use, by compute capability (CUDA programming guide)
@@ -150,12 +150,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def short_block(device: torch.device, width: int, head_dim: int) -> int:
-    """The longest head that one tile takes, 0 for none."""
+def short(device: torch.device, width: int, head_dim: int) -> tuple[int, int]:
+    """The longest head that one tile takes (0 for none), and the warps of that tile."""
     if device.type == "cpu":
-        return _INTERPRETED_SHORT
+        return _INTERPRETED_SHORT, 4
     step = next(step for step in HEAD_DIMS if head_dim <= step)
-    return SHORT.get((width, step), 0)
+    return SHORT.get((width, step), (0, 0))
 
 
 def splits(
