@@ -38,7 +38,7 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 32): (_C(64, 32, 4, 2),),
         (4, 64): (_C(64, 32, 4, 2),),
         (4, 128): (_C(32, 32, 4, 2),),
-        (4, 256): (_C(32, 32, 8, 1),),
+        (4, 256): (_C(16, 16, 4, 1),),
     },
     "rows": {
         (2, 32): (_C(64, 64, 4, 3),),
@@ -47,8 +47,8 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (2, 256): (_C(32, 32, 4, 2),),
         (4, 32): (_C(32, 32, 4, 2),),
         (4, 64): (_C(32, 32, 4, 2),),
-        (4, 128): (_C(32, 32, 8, 1),),
-        (4, 256): (_C(16, 32, 4, 1),),
+        (4, 128): (_C(16, 32, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
     },
     "columns": {
         (2, 32): (_C(64, 64, 4, 2),),
@@ -57,8 +57,8 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (2, 256): (_C(32, 32, 8, 1),),
         (4, 32): (_C(32, 32, 8, 1),),
         (4, 64): (_C(32, 32, 8, 1),),
-        (4, 128): (_C(32, 32, 8, 1),),
-        (4, 256): (_C(16, 32, 8, 1),),
+        (4, 128): (_C(16, 16, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
     },
     "tiles": {
         (2, 32): (_C(128, 64, 8, 2), _C(64, 64, 4, 2)),
@@ -67,8 +67,8 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (2, 256): (_C(64, 64, 8, 1),),
         (4, 32): (_C(32, 32, 4, 1),),
         (4, 64): (_C(32, 32, 4, 1),),
-        (4, 128): (_C(32, 32, 8, 1),),
-        (4, 256): (_C(32, 32, 8, 1),),
+        (4, 128): (_C(32, 32, 4, 1),),
+        (4, 256): (_C(32, 32, 4, 1),),
     },
 }
 # (bytes an element, head dim) -> the longest head that one tile takes, and the warps; wider heads
@@ -156,6 +156,11 @@ def short(device: torch.device, width: int, head_dim: int) -> tuple[int, int]:
         return _INTERPRETED_SHORT, 4
     step = next(step for step in HEAD_DIMS if head_dim <= step)
     return SHORT.get((width, step), (0, 0))
+
+
+def chunk(width: int) -> int:
+    """How much of the head dim the tiles pass multiplies at a time."""
+    return 64 if width == 4 else HEAD_DIMS[-1]
 
 
 def splits(

@@ -433,7 +433,10 @@ def _launch_tiles(
             targets[at] = mask_argument(partial[at][0])._replace(pointer=partial[at])
         else:
             targets[at] = mask_argument(grad)
-    settings = call.settings(chosen) | {"STEPPED": call.shape.STEPPED and uniform}
+    settings = call.settings(chosen) | {
+        "STEPPED": call.shape.STEPPED and uniform,
+        "CHUNK_D": configurations.chunk(call.query.element_size()),
+    }
     launch(
         tiles_kernel, programs * splits,
         call.o, g, MaskGradients(*targets, None, None), first.numel(), call.scale, *call.dropout,

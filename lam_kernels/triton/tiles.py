@@ -95,6 +95,36 @@ def load_rows(base, stride, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN
 
 
 @triton.jit
+def product_of_rows(
+    a, a_stride, row, La, b, b_stride, column, Lb,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T of rows of two operands, float32. In chunks of the head dim where holding the three
+    tf32 parts of whole rows would take more registers than there are."""
+    if CHUNK_D >= BLOCK_D:
+        left = load_rows(a, a_stride, row, La, D, BLOCK_D, EVEN)
+        right = load_rows(b, b_stride, column, Lb, D, BLOCK_D, EVEN)
+        return tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    else:
+        total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+        for begin in range(0, D, CHUNK_D):
+            d = begin + tl.arange(0, CHUNK_D)[None, :]
+            left = tl.load(
+                a + row.to(tl.int64)[:, None] * a_stride + d,
+                mask=(row[:, None] < La) & (d < D),
+                other=0.0,
+            )
+            right = tl.load(
+                b + column.to(tl.int64)[:, None] * b_stride + d,
+                mask=(column[:, None] < Lb) & (d < D),
+                other=0.0,
+            )
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        return total
+
+
+@triton.jit
 def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, value):
     """Into a contiguous [pairs, L, D]; pair: one number, or one a row."""
     d = tl.arange(0, BLOCK_D)[None, :]
