@@ -10,13 +10,15 @@ TORCH_INDEX ?=
 TORCH := torch==2.13.0
 # The series that the CUDA builds of this torch bring along. CPU builds bring none.
 TRITON := triton>=3.7,<3.8
+# The series of torch 2.11; its kernels are compiled ahead of time in `make test`, beside those of the one above.
+TRITON_OLDEST := triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-full lint fmt bench bench-foundation clean
+.PHONY: build demo test test-full gpu-check lint fmt bench bench-foundation clean
 
 # $(call timed,what,command): says what runs, and how many seconds it took.
 define timed
@@ -52,11 +54,19 @@ $(VENV)/installed: $(VENV)/tools pyproject.toml setup.py
 demo: build
 	$(call timed,demo,$(BIN)/python -m lam_kernels train image-classification)
 
-test: build
+test: build build/triton-3.6/triton
 	$(call timed,tests,$(BIN)/python -m pytest -n auto --dist worksteal)
 
-test-full: build
+test-full: build build/triton-3.6/triton
 	$(call timed,all tests,$(BIN)/python -m pytest -n auto --dist worksteal --full)
+
+# A machine that cannot get it runs the other tests: the ones that need it say what is missing.
+build/triton-3.6/triton: | $(VENV)/installed
+	$(call timed,$(TRITON_OLDEST) for compiling,$(PIP) install -q --target build/triton-3.6 --no-deps "$(TRITON_OLDEST)" || echo "could not be installed")
+
+# On a machine with a GPU, under the Python that has torch for it: installs nothing, needs no network.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

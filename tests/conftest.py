@@ -45,6 +45,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "backend(name): counted under this backend in the table")
     config.addinivalue_line("markers", "full: only with --full")
     torch.set_num_threads(THREADS)
+    if torch.cuda.is_available():
+        from on_gpu import serve_cpu_tensors
+
+        serve_cpu_tensors()
     # The first large float64 exp of a process is now and then wrong in the ninth digit; later ones
     # are exact.
     for _ in range(2):

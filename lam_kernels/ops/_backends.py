@@ -54,15 +54,12 @@ def _device_reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
         found.append(missing)
     if name == "cpu" and device != "cpu":
         found.append(f"serves CPU tensors, these are on {device}")
-    if name in ("cuda", "triton"):
-        served = "cuda"
-        if name == "triton":
-            served = availability.device_type()
-        if device != served:
-            kind = "CUDA" if served == "cuda" else "CPU"
-            found.append(f"serves {kind} tensors, these are on {device}")
-        if dtype == torch.float64:
-            found.append("has no float64")
+    if name == "triton" and (why_not := availability.refuses(device)):
+        found.append(why_not)
+    if name == "cuda" and device != "cuda":
+        found.append(f"serves CUDA tensors, these are on {device}")
+    if name in ("cuda", "triton") and dtype == torch.float64:
+        found.append("has no float64")
     return found
 
 

@@ -18,9 +18,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def device_type() -> str:
-    """What the kernels take in this process."""
-    return "cpu" if interpreting() else "cuda"
+def refuses(device: str) -> str:
+    """Why tensors on a device of this type are not served, "" when they are."""
+    if interpreting():
+        return "" if device == "cpu" else f"TRITON_INTERPRET=1 serves CPU tensors, not {device}"
+    return "" if device == "cuda" else f"serves CUDA tensors, these are on {device}"
 
 
 @functools.cache
@@ -44,7 +46,7 @@ def unavailable() -> str:
 
 # Read while compiling too: the answer never changes within a process.
 unavailable._dynamo_marked_constant = True
-interpreting._dynamo_marked_constant = True
+refuses._dynamo_marked_constant = True
 
 
 def limits(query: Tensor, key: Tensor, *_) -> list[str]:

@@ -1,30 +1,189 @@
-"""Tile sizes, warps and stages."""
+"""Tile sizes, warps and stages: a table, and a rule of cost that picks from it.
+
+TABLE[kernel][width, head dim] lists what may be used: `width` is the operands' bytes an element,
+head dim the larger of D and Dv rounded up to the table's next step. The rule (cost) counts, it has
+not been fitted to a measurement: for each entry the waves of programs on the device times the
+cycles of one program, padding included. A new GPU is tuned by adding entries, compiling them ahead
+of time (tests/triton_kernels/compile_ahead.py prints registers, stack and shared memory) and
+measuring them with LAM_TRITON_AUTOTUNE=1 (autotune.py).
+
+In the interpreter tiles are chosen for the tests: several of them in short sequences.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
+
+import torch
 
 
 class Configuration(NamedTuple):
-    block_m: int
-    block_n: int
+    block_m: int  # query rows
+    block_n: int  # keys
     warps: int
     stages: int
 
 
-def choose(kernel: str, device, dtype, D, Dv, Lq, Lk) -> Configuration:
-    longest = max(Lq, Lk)
-    block = 16 if longest <= 33 else 32 if longest <= 100 else 64
-    return Configuration(block, block, 4, 2)
+_C = Configuration
+HEAD_DIMS = (32, 64, 128, 256)
+# kernel -> (bytes an element, head dim) -> entries, the widest first
+TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
+    "forward": {
+        (2, 32): (_C(128, 64, 4, 3), _C(64, 64, 4, 3)),
+        (2, 64): (_C(128, 64, 4, 3), _C(64, 64, 4, 3)),
+        (2, 128): (_C(128, 64, 8, 2), _C(64, 64, 4, 2)),
+        (2, 256): (_C(64, 32, 4, 2),),
+        (4, 32): (_C(64, 32, 4, 2),),
+        (4, 64): (_C(64, 32, 4, 2),),
+        (4, 128): (_C(32, 32, 4, 2),),
+        (4, 256): (_C(16, 16, 4, 1),),
+    },
+    "rows": {
+        (2, 32): (_C(64, 64, 4, 3),),
+        (2, 64): (_C(64, 64, 4, 3),),
+        (2, 128): (_C(64, 64, 8, 2),),
+        (2, 256): (_C(32, 32, 4, 2),),
+        (4, 32): (_C(32, 32, 4, 2),),
+        (4, 64): (_C(32, 32, 4, 2),),
+        (4, 128): (_C(16, 32, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
+    "columns": {
+        (2, 32): (_C(64, 64, 4, 2),),
+        (2, 64): (_C(64, 64, 8, 2),),
+        (2, 128): (_C(32, 64, 8, 2),),
+        (2, 256): (_C(32, 32, 8, 1),),
+        (4, 32): (_C(32, 32, 8, 1),),
+        (4, 64): (_C(32, 32, 8, 1),),
+        (4, 128): (_C(16, 16, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
+    "tiles": {
+        (2, 32): (_C(128, 64, 8, 2), _C(64, 64, 4, 2)),
+        (2, 64): (_C(128, 64, 8, 2), _C(64, 64, 4, 2)),
+        (2, 128): (_C(64, 64, 8, 2),),
+        (2, 256): (_C(64, 64, 8, 1),),
+        (4, 32): (_C(32, 32, 4, 1),),
+        (4, 64): (_C(32, 32, 4, 1),),
+        (4, 128): (_C(32, 32, 4, 1),),
+        (4, 256): (_C(32, 32, 4, 1),),
+    },
+}
+# (bytes an element, head dim) -> the longest head that one tile takes, and the warps; wider heads
+# fit in none
+SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (2, 128): (64, 4), (4, 32): (64, 8), (4, 64): (32, 4)}
+_INTERPRETED_SHORT = 32
+
+# bytes of shared memory that one program may use, by compute capability (CUDA programming guide)
+SHARED_LIMITS = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
 
 
-def splits(programs, sharers, mask_elements, operand_elements, device) -> int:
-    return max(1, min(sharers, 2, operand_elements // mask_elements))
+def shared_limit(capability: tuple[int, int]) -> int:
+    """That of the nearest listed capability below; 10.x has that of 9.0, 12.x that of 8.6."""
+    if capability[0] == 12:
+        return SHARED_LIMITS[8, 6]
+    return SHARED_LIMITS[max(c for c in SHARED_LIMITS if c <= capability)]
 
 
-def short_block(device, D: int, Dv: int) -> int:
-    return 32 if device.type == "cpu" else 64
+class Problem(NamedTuple):
+    """What a choice depends on."""
+
+    kernel: str
+    width: int  # bytes an element
+    head_dim: int  # the larger of D and Dv
+    Lq: int
+    Lk: int
+    pairs: int  # heads of all samples
 
 
-def short_warps(block_m: int, block_n: int) -> int:
-    return 4
+def entries(problem: Problem) -> tuple[Configuration, ...]:
+    """What the table has for a problem."""
+    step = next(step for step in HEAD_DIMS if problem.head_dim <= step)
+    return TABLE[problem.kernel][problem.width, step]
+
+
+def choose(problem: Problem, device: torch.device) -> Configuration:
+    """The cheapest entry."""
+    if device.type == "cpu":
+        longest = max(problem.Lq, problem.Lk)
+        block = 16 if longest <= 33 else 32 if longest <= 100 else 64
+        return Configuration(block, block, 4, 2)
+    return _cheapest(problem, _multiprocessors(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(problem: Problem, multiprocessors: int) -> Configuration:
+    return min(entries(problem), key=lambda entry: cost(problem, entry, multiprocessors))
+
+
+# Cycles: of a matrix product's multiply-add and of an exponential, per pair (sm_90: 1024 and 4 x 4
+# a cycle and multiprocessor, half of the former reached), and of a loop iteration's latency.
+_FLOP_CYCLES = 1 / 512
+_EXP_CYCLES = 1 / 16
+_LOOP_CYCLES = 200
+_PRODUCTS = {"forward": 2, "rows": 3, "columns": 4, "tiles": 2}
+
+
+def cost(problem: Problem, entry: Configuration, multiprocessors: int) -> float:
+    """Cycles of the launch: waves of programs times the cycles of one, padded tiles counted whole.
+
+    8 warps a multiprocessor run at once: that is what the registers of these kernels allow.
+    """
+    tiles_m, tiles_n = math.ceil(problem.Lq / entry.block_m), math.ceil(problem.Lk / entry.block_n)
+    pair_cycles = _PRODUCTS[problem.kernel] * problem.head_dim * _FLOP_CYCLES + _EXP_CYCLES
+    tile = entry.block_m * entry.block_n * pair_cycles + _LOOP_CYCLES
+    own, loop = (tiles_n, tiles_m) if problem.kernel == "columns" else (tiles_m, tiles_n)
+    if problem.kernel == "tiles":
+        own, loop = tiles_m * tiles_n, 1
+    at_once = multiprocessors * max(1, 8 // entry.warps)
+    programs = own * problem.pairs
+    # two programs on one multiprocessor share its units
+    return math.ceil(programs / at_once) * loop * tile * max(1, 8 // entry.warps)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 4  # the interpreter: few, so that tests see sums in one and in several parts
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def short(device: torch.device, width: int, head_dim: int) -> tuple[int, int]:
+    """The longest head that one tile takes (0 for none), and the warps of that tile."""
+    if device.type == "cpu":
+        return _INTERPRETED_SHORT, 4
+    step = next(step for step in HEAD_DIMS if head_dim <= step)
+    return SHORT.get((width, step), (0, 0))
+
+
+def chunk(width: int) -> int:
+    """How much of the head dim the tiles pass multiplies at a time."""
+    return 64 if width == 4 else HEAD_DIMS[-1]
+
+
+def splits(
+    programs: int, sharers: int, mask_elements: int, operand_elements: int, device: torch.device
+) -> int:
+    """Programs that share the sum over one tile's heads and samples.
+
+    As many as give every multiprocessor two programs, but never more partial sums than query and
+    key have elements.
+    """
+    wanted = math.ceil(2 * _multiprocessors(device) / programs)
+    return max(1, min(sharers, wanted, operand_elements // mask_elements))
+
+
+def order(mask_axes: tuple[bool, bool] | None) -> str:
+    """How programs follow each other (tiles.program_tile): those that read the same rows of a mask
+    side by side, so that these come from memory once.
+
+    mask_axes: (has its own samples, has its own heads) of the mask with rows and columns, or None.
+    """
+    if mask_axes is None or all(mask_axes):
+        return "tiles"
+    own_batch, own_head = mask_axes
+    if own_batch:
+        return "heads"
+    return "batches" if own_head else "pairs"

@@ -24,13 +24,15 @@ sums (no more elements than query and key have) are added in a fixed order.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from . import configurations
+from . import autotune, configurations
 from .availability import interpreting
 from .masked_attention_backward import (
     Backward,
@@ -103,14 +105,35 @@ class _Call(NamedTuple):
             "num_stages": configuration.stages,
         }
 
-    def configuration(self, kernel: str) -> configurations.Configuration:
-        return configurations.choose(
-            kernel, self.query.device, self.query.dtype, self.D, self.Dv, self.Lq, self.Lk
-        )
+    def run(self, kernel: str, launched: Callable[[configurations.Configuration], object]) -> None:
+        """Launches a kernel with what the rule of cost, or a measurement, picks from the table."""
+        problem = configurations.Problem(
+            kernel, self.query.element_size(), max(self.D, self.Dv), self.Lq, self.Lk,
+            self.B * self.H,
+        )  # fmt: skip
+        device = self.query.device
+        if autotune.enabled():
+            launched(autotune.choose(problem, device, launched))
+        else:
+            launched(configurations.choose(problem, device))
+
+    def order(self) -> str:
+        """By the first mask that has rows and columns, whose tiles are what programs share."""
+        masks = (self.o.multiplier, self.o.bias, self.o.attn_mask)
+        for mask in masks:
+            if mask is not None and mask.row is not None and mask.column is not None:
+                shape = mask.pointer.shape
+                return configurations.order((shape[0] == self.B, shape[1] == self.H))
+        return configurations.order(None)
+
+    def short(self) -> tuple[int, int]:
+        """configurations.short of this call."""
+        width = self.query.element_size()
+        return configurations.short(self.query.device, width, max(self.D, self.Dv))
 
     def pack(self) -> int:
         """Heads that one tile takes; 0 where a head does not fit in one."""
-        block = configurations.short_block(self.query.device, self.D, self.Dv)
+        block, _ = self.short()
         longest = max(self.Lq, self.Lk)
         if longest > block:
             return 0
@@ -120,10 +143,11 @@ class _Call(NamedTuple):
     def short_settings(self, pack: int) -> dict:
         """Compile-time constants of the short kernels."""
         block_m, block_n = (_block_of(pack * length) for length in (self.Lq, self.Lk))
-        left_out = ("STEPPED", "HIDES", "EVEN", "num_warps")
-        settings = self.settings(configurations.Configuration(block_m, block_n, 4, 1))
+        _, warps = self.short()
+        settings = self.settings(configurations.Configuration(block_m, block_n, warps, 1))
+        left_out = ("STEPPED", "HIDES", "EVEN")
         settings = {name: value for name, value in settings.items() if name not in left_out}
-        return settings | {"PACK": pack, "num_warps": configurations.short_warps(block_m, block_n)}
+        return settings | {"PACK": pack}
 
     def tiles(self, length: int, block: int, step: int | None = None) -> int:
         """Tiles of an axis, those of each residue class on their own."""
@@ -197,14 +221,17 @@ def masked_attention_fwd(
                 **call.short_settings(pack),
             )  # fmt: skip
         return out, lse
-    chosen = call.configuration("forward")
-    tiles = call.tiles(Lq, chosen.block_m)
-    with _on_device(query):
+
+    def run(chosen: configurations.Configuration) -> None:
+        tiles = call.tiles(Lq, chosen.block_m)
         launch(
             forward_kernel, B * H * tiles,
             call.o, out, lse, scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
-            ORDER=_order(call), **call.settings(chosen),
+            ORDER=call.order(), **call.settings(chosen),
         )  # fmt: skip
+
+    with _on_device(query):
+        call.run("forward", run)
     return out, lse
 
 
@@ -292,27 +319,33 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
     rows_run = needs[0] or plan.has("rows") or (plan.has("own") and not columns_run)
     if rows_run:
         targets, sums = _targets("rows", Lq, plan, True, call, grads)
-        chosen = call.configuration("rows")
-        tiles = call.tiles(Lq, chosen.block_m)
-        launch(
-            rows_kernel, B * H * tiles,
-            call.o, g, grads[0] if needs[0] else None, targets, call.scale, *call.dropout,
-            B, H, call.group, Lq, Lk, tiles, ORDER=_order(call), **call.settings(chosen),
-        )  # fmt: skip
+
+        def run_rows(chosen: configurations.Configuration) -> None:
+            tiles = call.tiles(Lq, chosen.block_m)
+            launch(
+                rows_kernel, B * H * tiles,
+                call.o, g, grads[0] if needs[0] else None, targets, call.scale, *call.dropout,
+                B, H, call.group, Lq, Lk, tiles, ORDER=call.order(), **call.settings(chosen),
+            )  # fmt: skip
+
+        call.run("rows", run_rows)
         _reduce(sums, grads)
     if columns_run:
         # heads that share keys have tiles of one spacing only when they have one pattern
         stepped = call.shape.STEPPED and (call.group == 1 or call.shape.CODE >= 0)
-        targets, sums = _targets("columns", Lk, plan, not rows_run, call, grads)
-        chosen = call.configuration("columns")
-        tiles = call.tiles(Lk, chosen.block_n, None if stepped else 1)
-        settings = call.settings(chosen) | {"STEPPED": stepped}
-        launch(
-            columns_kernel, B * (H // call.group) * tiles,
-            call.o, g, grads[1] if needs[1] else None, grads[2] if needs[2] else None, targets,
-            call.scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
-            ORDER=_order(call), **settings,
-        )  # fmt: skip
+        column_targets, sums = _targets("columns", Lk, plan, not rows_run, call, grads)
+
+        def run_columns(chosen: configurations.Configuration) -> None:
+            tiles = call.tiles(Lk, chosen.block_n, None if stepped else 1)
+            settings = call.settings(chosen) | {"STEPPED": stepped}
+            launch(
+                columns_kernel, B * (H // call.group) * tiles,
+                call.o, g, grads[1] if needs[1] else None, grads[2] if needs[2] else None,
+                column_targets, call.scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
+                ORDER=call.order(), **settings,
+            )  # fmt: skip
+
+        call.run("columns", run_columns)
         _reduce(sums, grads)
     if plan.has("tiles"):
         _run_tiles(call, g, plan, grads)
@@ -367,16 +400,21 @@ def _run_tiles(call: _Call, g: Backward, plan: _MaskPlan, grads: list[Tensor]) -
     shared = [at for at, source in enumerate(plan) if source == "tiles"]
     together = len({grads[3 + at].shape[:2] for at in shared}) == 1
     for group in [shared] if together else [[at] for at in shared]:
-        _launch_tiles(call, g, group, grads)
+        call.run("tiles", functools.partial(_launch_tiles, call, g, group, grads))
 
 
-def _launch_tiles(call: _Call, g: Backward, which: list[int], grads: list[Tensor]) -> None:
+def _launch_tiles(
+    call: _Call,
+    g: Backward,
+    which: list[int],
+    grads: list[Tensor],
+    chosen: configurations.Configuration,
+) -> None:
     first = grads[3 + which[0]]
     batches = call.B if first.shape[0] == 1 else 1
     heads = call.H if first.shape[1] == 1 else 1
     uniform = call.shape.CODE >= 0
     step = call.largest_step if uniform else 1
-    chosen = call.configuration("tiles")
     row_tiles = call.tiles(call.Lq, chosen.block_m, step)
     column_tiles = triton.cdiv(triton.cdiv(call.Lk, step), chosen.block_n)
     own = first.shape[0] * first.shape[1]
@@ -395,7 +433,10 @@ def _launch_tiles(call: _Call, g: Backward, which: list[int], grads: list[Tensor
             targets[at] = mask_argument(partial[at][0])._replace(pointer=partial[at])
         else:
             targets[at] = mask_argument(grad)
-    settings = call.settings(chosen) | {"STEPPED": call.shape.STEPPED and uniform}
+    settings = call.settings(chosen) | {
+        "STEPPED": call.shape.STEPPED and uniform,
+        "CHUNK_D": configurations.chunk(call.query.element_size()),
+    }
     launch(
         tiles_kernel, programs * splits,
         call.o, g, MaskGradients(*targets, None, None), first.numel(), call.scale, *call.dropout,
@@ -404,7 +445,3 @@ def _launch_tiles(call: _Call, g: Backward, which: list[int], grads: list[Tensor
     )  # fmt: skip
     for at, sums in partial.items():
         grads[3 + at].copy_(sums.sum(0))
-
-
-def _order(call: _Call) -> str:
-    return "tiles"

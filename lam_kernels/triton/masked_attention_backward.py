@@ -25,6 +25,7 @@ from .tiles import (
     base_of,
     learned_tile,
     load_rows,
+    product_of_rows,
     program_tile,
     row_statistics,
     seen_pairs,
@@ -119,7 +120,7 @@ def rows_kernel(
         multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
         bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
         _, ds, dm, da = slopes(
-            s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
+            o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
         )
         if grads.multiplier is not None:
             mask_gradient_tile(grads.multiplier, batch, head, rows, columns, Lq, Lk, dm)
@@ -205,7 +206,7 @@ def columns_kernel(
             multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
             bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
             p, ds, dm, da = slopes(
-                s, dp, seen, multiplier, bias, lse[None, :], delta[None, :], GATE, HIDES
+                o, s, dp, seen, multiplier, bias, lse[None, :], delta[None, :], GATE, HIDES
             )
             if grads.multiplier is not None:
                 mask_gradient_tile(grads.multiplier, batch, head, rows, columns, Lq, Lk, dm)
@@ -242,6 +243,7 @@ def tiles_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, STEPPED: tl.constexpr, GATE: tl.constexpr,
     DROPOUT: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of a mask, summed over the batches x heads that share it.
 
@@ -288,17 +290,18 @@ def tiles_kernel(
         head = own_head + sharer % heads
         pair = batch * H + head
         low, high = key_bounds(o.terms, head, rows, Lq, Lk, N_TERMS, CODE, False)
-        q = load_rows(base_of(o.query, batch, head), o.query.row, row, Lq, D, BLOCK_D, EVEN)
-        do = load_rows(
-            base_of(g.grad_out, batch, head), g.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN
-        )
         lse, delta = row_statistics(g.lse, g.delta, pair, row, Lq)
-        keys = base_of(o.key, batch, head // group)
-        values = base_of(o.value, batch, head // group)
-        k = load_rows(keys, o.key.row, column, Lk, D, BLOCK_D, EVEN)
-        v = load_rows(values, o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        s = product_of_rows(
+            base_of(o.query, batch, head), o.query.row, row, Lq,
+            base_of(o.key, batch, head // group), o.key.row, column, Lk,
+            D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
+        )  # fmt: skip
+        s = s * scale
+        dp = product_of_rows(
+            base_of(g.grad_out, batch, head), g.grad_out.row, row, Lq,
+            base_of(o.value, batch, head // group), o.value.row, column, Lk,
+            DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+        )  # fmt: skip
         if DROPOUT:
             kept = kept_pairs(
                 rows, first_column, columns, pair, seed, offset, threshold, BLOCK_N, not STEPPED
@@ -310,7 +313,7 @@ def tiles_kernel(
         multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
         bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
         _, _, dm, da = slopes(
-            s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
+            o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
         )
         if grads.multiplier is not None:
             dm_total += dm

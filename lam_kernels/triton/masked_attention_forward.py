@@ -65,7 +65,7 @@ def forward_kernel(
         )
         multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
         bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
-        _, z, _ = fused_scores(s, seen, multiplier, bias, GATE, HIDES)
+        _, z, _ = fused_scores(o, s, seen, multiplier, bias, GATE, HIDES)
 
         larger = tl.maximum(largest, tl.max(z, 1))
         anchor = tl.where(larger == -_INF, 0.0, larger)

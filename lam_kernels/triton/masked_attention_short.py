@@ -101,7 +101,7 @@ def short_forward_kernel(
     )  # fmt: skip
     multiplier = learned_tile(o.multiplier, tile_batch, tile_head, rows, columns, Lq, Lk, False)
     bias = learned_tile(o.bias, tile_batch, tile_head, rows, columns, Lq, Lk, False)
-    _, z, _ = fused_scores(s, seen, multiplier, bias, GATE, True)
+    _, z, _ = fused_scores(o, s, seen, multiplier, bias, GATE, True)
 
     largest = tl.max(z, 1)
     anchor = tl.where(largest == -_INF, 0.0, largest)
@@ -179,7 +179,9 @@ def short_backward_kernel(
     )  # fmt: skip
     multiplier = learned_tile(o.multiplier, tile_batch, tile_head, rows, columns, Lq, Lk, False)
     bias = learned_tile(o.bias, tile_batch, tile_head, rows, columns, Lq, Lk, False)
-    p, ds, dm, da = slopes(s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, True)
+    p, ds, dm, da = slopes(
+        o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, True
+    )
     if grad_value is not None:
         if DROPOUT:
             p = tl.where(kept, p * keep_scale, 0.0)

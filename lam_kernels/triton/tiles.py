@@ -95,6 +95,36 @@ def load_rows(base, stride, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN
 
 
 @triton.jit
+def product_of_rows(
+    a, a_stride, row, La, b, b_stride, column, Lb,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T of rows of two operands, float32. In chunks of the head dim where holding the three
+    tf32 parts of whole rows would take more registers than there are."""
+    if CHUNK_D >= BLOCK_D:
+        left = load_rows(a, a_stride, row, La, D, BLOCK_D, EVEN)
+        right = load_rows(b, b_stride, column, Lb, D, BLOCK_D, EVEN)
+        return tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    else:
+        total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+        for begin in range(0, D, CHUNK_D):
+            d = begin + tl.arange(0, CHUNK_D)[None, :]
+            left = tl.load(
+                a + row.to(tl.int64)[:, None] * a_stride + d,
+                mask=(row[:, None] < La) & (d < D),
+                other=0.0,
+            )
+            right = tl.load(
+                b + column.to(tl.int64)[:, None] * b_stride + d,
+                mask=(column[:, None] < Lb) & (d < D),
+                other=0.0,
+            )
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        return total
+
+
+@triton.jit
 def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, value):
     """Into a contiguous [pairs, L, D]; pair: one number, or one a row."""
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -104,9 +134,10 @@ def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, va
 
 @triton.jit
 def learned_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
-    """Multiplier or bias in float32, None where there is none."""
+    """Multiplier or bias in float32; a 1 that nobody uses where there is none (Triton 3.6 returns
+    no None)."""
     if mask is None:
-        return None
+        return tl.full([1, 1], 1.0, tl.float32)
     else:
         return mask_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN).to(tl.float32)
 
@@ -133,42 +164,42 @@ def seen_pairs(
 
 
 @triton.jit
-def fused_scores(s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
+def fused_scores(o, s, seen, multiplier, bias, GATE: tl.constexpr, HIDES: tl.constexpr):
     """(F, Z, visible) of the formulas: F = S * M + A, or S * M where A is a gate. HIDES: `seen`
     is not everything."""
     f = s
     visible = seen
-    if multiplier is not None:
+    if o.multiplier is not None:
         f = f * multiplier
     z = f
-    if bias is not None:
+    if o.bias is not None:
         if GATE:
             visible = visible & (bias != 0)
             z = f + tl.log(tl.where(visible, bias, 1.0))
         else:
             f = f + bias
             z = f
-            if multiplier is not None:  # whose value may be NaN where the bias hides
+            if o.multiplier is not None:  # whose value may be NaN where the bias hides
                 visible = visible & (bias != -_INF)
-    if HIDES or (bias is not None and (GATE or multiplier is not None)):
+    if HIDES or (o.bias is not None and (GATE or o.multiplier is not None)):
         z = tl.where(visible, z, -_INF)
     return f, z, visible
 
 
 @triton.jit
 def slopes(
-    s, dp, seen, multiplier, bias, lse, delta,
+    o, s, dp, seen, multiplier, bias, lse, delta,
     GATE: tl.constexpr, HIDES: tl.constexpr,
 ):  # fmt: skip
     """(P, dS, dM, dA) of a tile. lse is +inf in a row that sees no key: every weight is 0."""
-    f, z, visible = fused_scores(s, seen, multiplier, bias, GATE, HIDES)
+    f, z, visible = fused_scores(o, s, seen, multiplier, bias, GATE, HIDES)
     p = tl.exp2((z - lse) * LOG2E)
     slope = dp - delta
     dz = p * slope
     ds = dz
-    if multiplier is not None:
+    if o.multiplier is not None:
         ds = dz * multiplier
-        if HIDES or bias is not None:
+        if HIDES or o.bias is not None:
             ds = tl.where(visible, ds, 0.0)
     da = dz
     if GATE:  # finite also where the gate is 0, and then not P / A

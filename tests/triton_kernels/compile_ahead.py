@@ -1,0 +1,146 @@
+"""Compiles the Triton kernels for GPUs that are not there; one line of JSON a kernel.
+
+    python tests/triton_kernels/compile_ahead.py --arch 90 [--head-dim 64] [--kernel forward]
+
+The op's own host code makes every launch; only the launch itself is replaced by a compilation, so
+what is compiled is what would run: the same arguments, specialised by Triton the same way. Each
+entry of the configuration table is compiled for its dtype width and head dim, with a multiplier
+that all heads share. In a process of its own, without TRITON_INTERPRET. With another Triton in
+front of PYTHONPATH it compiles with that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from lam_kernels.triton import configurations, masked_attention
+from lam_kernels.triton.configurations import HEAD_DIMS, SHORT, TABLE, Configuration
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async")
+LONG = 1024
+
+
+class AbsentGPU:
+    """As much of a driver as a compilation asks for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _device=None):
+        return 0
+
+
+def resources(compiled) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups()
+    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
+
+
+def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, head_dim: int):
+    """Records of one kernel with one entry: the op is called, the launch of `kernel` compiled."""
+    records = []
+
+    def launch(function, _programs, *arguments, **settings):
+        name = function.__name__.removesuffix("_kernel")
+        if name != kernel:
+            return
+        compiled = function.warmup(*arguments, grid=(1,), **settings)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        ptx = compiled.asm["ptx"]
+        records.append(
+            {
+                "triton": triton.__version__,
+                "arch": arch,
+                "kernel": kernel,
+                "entry": list(entry),
+                "width": width,
+                "head_dim": head_dim,
+                **resources(compiled),
+                "instructions": {
+                    name: len(re.findall(re.escape(name), ptx)) for name in INSTRUCTIONS
+                },
+            }
+        )
+
+    short = kernel.startswith("short")
+    masked_attention.launch = launch
+    configurations.choose = lambda *_: entry
+    configurations.short = lambda *_: (entry.block_m, entry.warps) if short else (0, 0)
+    call(entry.block_m if short else LONG, head_dim, DTYPES[width])
+    return records
+
+
+def call(L: int, D: int, dtype: torch.dtype) -> None:
+    B, H = 2, 4
+    query, key, value = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(3))
+    mask = torch.empty(1, 1, L, L, dtype=dtype)
+    operands = (query, key, value, mask, *[None] * 7, [], None)
+    settings = ([], D**-0.5, 0.0, False)
+    out, lse = torch.empty_like(query), torch.empty(B, H, L)
+    needs = [True] * 4 + [False] * 5
+    masked_attention.masked_attention_fwd(*operands, *settings)
+    masked_attention.masked_attention_bwd(
+        torch.empty_like(out), None, *operands, out, lse, *settings, needs
+    )
+
+
+def table_entries() -> Iterator[tuple[str, Configuration, int, int]]:
+    """(kernel, entry, width, head dim) of everything that may be chosen."""
+    for kernel, rows in TABLE.items():
+        for (width, head_dim), entries in rows.items():
+            for entry in entries:
+                yield kernel, entry, width, head_dim
+    for (width, head_dim), (length, warps) in SHORT.items():
+        for kernel in ("short_forward", "short_backward"):
+            yield kernel, Configuration(length, length, warps, 1), width, head_dim
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, required=True, help="80, 90, 100")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="only this one")
+    parser.add_argument("--kernel", help="only this one")
+    parser.add_argument("--entry", type=int, nargs=4, help="this instead of the table's entries")
+    given = parser.parse_args()
+    driver.set_active(AbsentGPU(given.arch))
+    torch.set_num_threads(1)
+    for kernel, entry, width, head_dim in table_entries():
+        if given.head_dim not in (None, head_dim) or given.kernel not in (None, kernel):
+            continue
+        if given.entry:
+            entry = Configuration(*given.entry)
+        for record in compiled_launches(given.arch, kernel, entry, width, head_dim):
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Every entry of the configuration table compiles for sm_80, sm_90 and sm_100, within the chip.
+
+Shared memory fits, the stack stays within a budget (spilled registers live there), and the matrix
+products are done by the instruction that was meant. What is compiled and how: compile_ahead.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lam_kernels.triton.configurations import HEAD_DIMS, SHORT, TABLE, shared_limit
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.backend("triton")
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+OLDEST = ROOT / "build" / "triton-3.6"  # made by `make test`
+ARCHS = (80, 90, 100)
+# Spilled registers of a thread. A few words around a loop cost nothing; what a loop reloads does.
+STACK_BUDGET_BYTES = 64
+
+
+def compile_ahead(version: str, *arguments: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(OLDEST)] if version == "3.6" else []
+    if paths and not (OLDEST / "triton").is_dir():
+        pytest.skip("Triton 3.6 is not there: `make build/triton-3.6/triton` installs it")
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, str(ROOT)])
+    environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton-cache"))
+    done = subprocess.run(
+        [sys.executable, HERE / "compile_ahead.py", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(r["triton"].startswith(version) for r in records if version), records[:1]
+    return records
+
+
+def meant_instruction(record: dict) -> str:
+    """float32 operands are three tf32 products; warp groups of four warps and 64 rows have an
+    instruction of their own from sm_90 on."""
+    block_m, block_n, warps, _ = record["entry"]
+    rows = block_n if record["kernel"] == "columns" else block_m
+    if record["arch"] == 80 or record["width"] == 4 or rows < 64 or warps < 4:
+        return "mma.sync"
+    return "wgmma.mma_async" if record["arch"] == 90 else "tcgen05.mma"
+
+
+def faults(record: dict) -> list[str]:
+    """What is wrong with a compiled kernel, in words."""
+    found = []
+    limit = shared_limit((record["arch"] // 10, record["arch"] % 10))
+    if record["shared"] > limit:
+        found.append(f"{record['shared']} bytes of shared memory, at most {limit}")
+    if record["stack"] > STACK_BUDGET_BYTES:
+        found.append(f"{record['stack']} bytes of stack, at most {STACK_BUDGET_BYTES}")
+    meant = meant_instruction(record)
+    if not record["instructions"][meant]:
+        found.append(f"no {meant}")
+    return [f"{name_of(record)}: {fault}" for fault in found]
+
+
+def name_of(record: dict) -> str:
+    keys = ("arch", "kernel", "entry", "width", "head_dim")
+    return "sm_" + " ".join(str(record[key]) for key in keys)
+
+
+VERSIONS = [
+    *[pytest.param("3.6", arch, id=f"3.6-sm_{arch}") for arch in ARCHS],
+    *[pytest.param("", arch, id=f"installed-sm_{arch}", marks=pytest.mark.full) for arch in ARCHS],
+]
+
+
+@pytest.mark.parametrize(("version", "arch"), VERSIONS)
+def test_every_entry(version, arch):
+    records = compile_ahead(version, "--arch", str(arch))
+    wanted = sum(len(entries) for rows in TABLE.values() for entries in rows.values())
+    assert len(records) == wanted + 2 * len(SHORT)
+    found = [fault for record in records for fault in faults(record)]
+    assert not found, "\n".join(found)
+
+
+def test_installed_triton_compiles_all_kernels():
+    records = compile_ahead("", "--arch", "90", "--head-dim", "64")
+    assert {r["kernel"] for r in records} == {*TABLE, "short_forward", "short_backward"}
+    found = [fault for record in records for fault in faults(record)]
+    assert not found, "\n".join(found)
+
+
+def test_a_tile_too_large_is_found():
+    planted = ("--head-dim", "256", "--kernel", "rows", "--entry", "128", "128", "4", "2")
+    records = compile_ahead("", "--arch", "80", *planted)
+    text = "\n".join(fault for record in records for fault in faults(record))
+    assert "bytes of stack" in text
+    assert "bytes of shared memory" in text
+
+
+def test_a_wrong_instruction_is_found():
+    record = {
+        "arch": 90, "kernel": "forward", "entry": [64, 64, 4, 2], "width": 2, "head_dim": 64,
+        "stack": 0, "shared": 0, "instructions": {"wgmma.mma_async": 0, "mma.sync": 8},
+    }  # fmt: skip
+    assert faults(record) == ["sm_90 forward [64, 64, 4, 2] 2 64: no wgmma.mma_async"]
+
+
+def test_table_is_complete():
+    for kernel, rows in TABLE.items():
+        assert set(rows) == {(width, step) for width in (2, 4) for step in HEAD_DIMS}, kernel
+        assert all(rows.values())

@@ -1,0 +1,104 @@
+"""Every entry of the configuration table gives right results, whatever the rule would have chosen;
+the rule itself; splits of a sum over many sharers; the order of programs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import check
+
+from lam_kernels.triton import configurations
+from lam_kernels.triton.configurations import SHORT, TABLE, Configuration
+from python_ref.inputs import Problem
+
+pytestmark = pytest.mark.backend("triton")
+pytest.importorskip("triton")
+
+DTYPES = {2: "bfloat16", 4: "float32"}
+# In the interpreter a tile of 64 x 64 costs as much as a small one, a larger one more.
+ORDINARY = {("forward", 2, 64), ("rows", 2, 64), ("columns", 2, 32), ("tiles", 4, 64)}
+
+ENTRIES = [
+    pytest.param(
+        kernel,
+        entry,
+        width,
+        head_dim,
+        id=f"{kernel}-{DTYPES[width]}-{head_dim}-{'x'.join(map(str, entry))}",
+        marks=()
+        if torch.cuda.is_available() or (kernel, width, head_dim) in ORDINARY
+        else pytest.mark.full,
+    )
+    for kernel, rows in TABLE.items()
+    for (width, head_dim), entries in rows.items()
+    for entry in entries
+]
+
+
+@pytest.fixture
+def general(monkeypatch):
+    """No head goes to the kernels for short ones."""
+    monkeypatch.setattr(configurations, "short", lambda *_: (0, 0))
+
+
+@pytest.mark.parametrize(("kernel", "entry", "width", "head_dim"), ENTRIES)
+def test_entry(kernel, entry, width, head_dim, monkeypatch, general):
+    usual = configurations.choose
+
+    def choose(problem, device):
+        return entry if problem.kernel == kernel else usual(problem, device)
+
+    monkeypatch.setattr(configurations, "choose", choose)
+    sizes = {"B": 1, "H": 2, "Lq": 70, "Lk": 130} if entry.block_m <= 64 else {"B": 1, "Lq": 150}
+    masks = {"multiplier": "11qk", "bias": "b11k", "key_mask": True}
+    check(Problem(**sizes, D=head_dim, dtype=DTYPES[width], **masks), "triton")
+
+
+@pytest.mark.parametrize("length", [1, 5, 17, 31, 49, 64])
+@pytest.mark.parametrize(("width", "head_dim"), [(2, 64), (4, 32)])
+def test_short_heads(length, width, head_dim, monkeypatch):
+    monkeypatch.setattr(configurations, "short", lambda *_: SHORT[width, head_dim])
+    masks = {"multiplier": "b1qk", "bias": "1hqk", "key_mask": True, "fill": "nan"}
+    problem = Problem(B=3, H=3, Lq=length, D=24, dtype=DTYPES[width], **masks, lse_grad=True)
+    check(problem, "triton")
+
+
+@pytest.mark.parametrize("pattern", [None, "Toeplitz(9)", "DilatedToeplitz(20, 2)"])
+def test_partial_sums(pattern, monkeypatch):
+    """A shared mask's gradient in one part, in several, and in more than there are sharers."""
+    for parts in (1, 3, 100):
+        monkeypatch.setattr(
+            configurations, "splits", lambda _, sharers, *rest, parts=parts: min(parts, sharers)
+        )
+        masks = {"multiplier": "11qk", "bias": "1hqk", "pattern": pattern}
+        check(Problem(B=3, H=2, Lq=40, D=16, **masks), "triton")
+
+
+@pytest.mark.parametrize("axes", ["b1qk", "1hqk", "11qk", "bhqk"])
+def test_order_of_programs(axes, general):
+    check(Problem(B=2, H=3, Lq=40, Lk=35, D=16, multiplier=axes), "triton")
+
+
+def test_partial_sums_stay_small():
+    device = torch.device("cpu")
+    assert configurations.splits(4, 5120, 4 * 64 * 64, 10**9, device) > 1
+    assert configurations.splits(10**6, 32, 4096**2, 10**9, device) == 1
+    assert configurations.splits(1, 32, 4096**2, 4096**2, device) == 1
+
+
+def test_cost_counts_padding_and_waves():
+    def cost(entry, **changes):
+        sizes = {"kernel": "forward", "width": 2, "head_dim": 64, "Lq": 4096, "Lk": 4096}
+        problem = configurations.Problem(**{**sizes, "pairs": 32, **changes})
+        return configurations.cost(problem, Configuration(*entry), 132)
+
+    wide, narrow = (128, 64, 4, 3), (64, 64, 4, 3)
+    assert cost(wide) < 1.1 * cost(narrow)
+    assert cost(narrow, Lq=64, pairs=4096) < cost(wide, Lq=64, pairs=4096)  # half padding
+    assert cost(narrow, pairs=1, Lq=4096) < cost(wide, pairs=1, Lq=4096)  # too few programs
+
+
+def test_shared_memory_of_a_chip():
+    limits = {cc: configurations.shared_limit(cc) for cc in ((8, 0), (8, 6), (9, 0), (10, 0))}
+    assert limits == {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (10, 0): 232_448}
+    assert configurations.shared_limit((12, 0)) == 101_376
