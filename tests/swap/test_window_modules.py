@@ -1,4 +1,4 @@
-"""Swinv2 and ClapAudio window attention: segments are the shift masks, whoever calls, every size."""
+"""Window attention of Swinv2 and ClapAudio: segments are the shift masks, whoever calls."""
 
 import pytest
 import torch
