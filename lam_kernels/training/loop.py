@@ -92,8 +92,8 @@ def fit(
     ranks: Ranks | None = None,
 ) -> None:
     """Runs the epochs first_epoch .. epochs - 1. The order of samples depends on seed and epoch
-    alone. `ranks` is for a task that wrapped its model with it: each process then takes its share of
-    every batch, and history holds the loss over all.
+    alone. `ranks` is for a task that wrapped its model with it: each process then takes its share
+    of every batch, and history holds the loss over all.
     """
     if ranks is None:
         refuse_torchrun("only image-classification and swapped-digits train in several processes")
