@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lam_kernels.user_error import UserError
 
 from .checkpoint import Checkpoint, finite_list
-from .distributed import Ranks
+from .distributed import Ranks, refuse_torchrun
 from .progress import Progress
 
 MAX_SEED = 2**62
@@ -92,10 +92,12 @@ def fit(
     ranks: Ranks | None = None,
 ) -> None:
     """Runs the epochs first_epoch .. epochs - 1. The order of samples depends on seed and epoch
-    alone. With several processes each takes its share of every batch, loss_of has to run the model
-    that `ranks` wrapped, and history holds the loss over all.
+    alone. `ranks` is for a task that wrapped its model with it: each process then takes its share
+    of every batch, and history holds the loss over all.
     """
-    ranks = ranks or Ranks(device)
+    if ranks is None:
+        refuse_torchrun("only image-classification and swapped-digits train in several processes")
+        ranks = Ranks(device)
     steps = math.ceil(count / options.batch_size)
     total = steps * options.epochs
     with Progress(total, label, done=first_epoch * steps, silent=not ranks.first) as progress:

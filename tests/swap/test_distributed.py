@@ -117,6 +117,20 @@ def test_the_comparison_refuses_torchrun(monkeypatch, capsys):
     assert "under torchrun give --variant" in capsys.readouterr().err
 
 
+def test_a_task_that_wraps_nothing_refuses_torchrun(monkeypatch):
+    """Processes that share batches without sharing gradients would train different models."""
+    from lam_kernels.training.loop import LoopOptions, fit, make_optimizer, new_history
+    from lam_kernels.user_error import UserError
+
+    model, options = torch.nn.Linear(2, 2), LoopOptions(epochs=1, batch_size=2, lr=0.1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="under torchrun only image-classification"):
+        fit(
+            model, make_optimizer(model, options), options, count=2, loss_of=None,
+            history=new_history(), first_epoch=0, label="", device="cpu", after_epoch=None,
+        )  # fmt: skip
+
+
 def test_shares_of_a_batch_add_up(monkeypatch):
     """Weights make the mean over processes the mean over samples, also of a last short batch."""
     from lam_kernels.training.distributed import Ranks
