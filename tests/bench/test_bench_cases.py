@@ -136,6 +136,17 @@ def test_peers_compute_the_same(name, problem, direction, dtype):
     assert errors.keys() == {"out", *gradients}
 
 
+@pytest.mark.parametrize("name", ["ours", "eager", "sdpa"])
+@pytest.mark.parametrize("problem", [SHIFTED, ADDED.but(B=4)], ids=["shifted", "plain"])
+def test_the_page_of_window_attention(name, problem):
+    windows = ops.page("window_attention")
+    backend = "reference" if name == "ours" else ""
+    one = contender.contender(windows, name, problem, "both", backend, windows.draw)
+    errors, wrong = check.problems_in(one.result(), windows, problem)
+    assert not wrong
+    assert errors.keys() == {"out", "query", "key", "value", "bias"}
+
+
 def test_a_frozen_mask_gets_no_gradient():
     errors, wrong = _errors("ours", DENSE.but(grads="qkv"))
     assert not wrong
