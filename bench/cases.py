@@ -7,6 +7,7 @@ overview    what `make bench` measures in five minutes: time and memory over the
 workloads   W1 to W22 (workloads.py)
 foundation  the held targets of the first milestone: every row of its table, every sentence below
 low-rank    a mask by its factors against the dense one
+windows     window attention at the sizes of Swin and HTS-AT
 lengths     time and memory over L, finer and with more peers than the overview
 two-maps    the targets of global and local attention together (two_map_cases.py)
 gpu         what a CUDA machine is asked
@@ -69,6 +70,7 @@ SECTIONS = {
     "patterns": "Local patterns",
     "low rank": "Masks that are never stored",
     "low rank memory": "Masks that are never stored: peak extra memory",
+    "windows": "Many windows in one call",
     "given": "Problems given on the command line",
     "dense": "Learned multiplicative mask, forward and backward with its gradient",
     "forward": "Forward alone, under no_grad",
@@ -298,6 +300,23 @@ def _low_rank() -> list[Case]:
     return cases
 
 
+def _windows() -> list[Case]:
+    """Many windows in one call at the sizes of W18 and W19, four images at a time."""
+    goals = (Goal(0.6, ("eager",)), Goal(0.8, ("compile",)))
+    swin = _shape(64, 6, 144, 32, bias="1hqk")
+    htsat = _shape(256, 4, 64, 24, bias="1hqk")
+    return [
+        Case(name, "windows", problem, ("compile", "eager", "sdpa"), goals, dtypes=("fp32",),
+             sets=("windows",), op="window_attention")
+        for name, problem in (
+            ("window-W18", swin),
+            ("window-W18-shifted", swin | {"pattern": "Windows(4, 4, 12, 6)"}),
+            ("window-W19", htsat),
+            ("window-W19-shifted", htsat | {"pattern": "Windows(8, 8, 8, 4)"}),
+        )
+    ]  # fmt: skip
+
+
 def _workloads() -> list[Case]:
     cases = []
     for workload in WORKLOADS.values():
@@ -377,12 +396,13 @@ def _two_maps() -> list[Case]:
 CASES = {
     case.name: case
     for case in (
-        *_lengths(), *_workloads(), *_patterns(), *_low_rank(), *_foundation(), *_two_maps(),
-        *_gpu(), *_smoke(),
+        *_lengths(), *_workloads(), *_patterns(), *_low_rank(), *_windows(), *_foundation(),
+        *_two_maps(), *_gpu(), *_smoke(),
     )
 }  # fmt: skip
 SETS = (
-    "overview", "workloads", "lengths", "foundation", "low-rank", "two-maps", "gpu", "smoke",
+    "overview", "workloads", "lengths", "foundation", "low-rank", "windows", "two-maps", "gpu",
+    "smoke",
 )  # fmt: skip
 
 

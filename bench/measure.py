@@ -256,7 +256,7 @@ def _ready(page, name, problem, direction, settings, draw, row) -> Contender:
 
 def _against(ours: timing.Series, peer: timing.Series) -> dict:
     low, middle, high = timing.ratio(ours, peer)
-    found = {"ours_over_this": round(middle, 4)}
+    found = {"ours_over_this": round(middle, 4), "ratio": "median of rounds"}
     if math.isfinite(low):
         found |= {"ours_over_this_p20": round(low, 4), "ours_over_this_p80": round(high, 4)}
     mine, theirs = (timing.spread(list(s.used.values()))[1] for s in (ours, peer))

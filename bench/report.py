@@ -132,7 +132,9 @@ img { width: 100%; max-width: 44rem; height: auto; background: #fff; border-radi
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #8884; }
 th:first-child, td:first-child, td.text { text-align: left; }
-td.text { white-space: normal; min-width: 16rem; }
+.label { position: sticky; left: 0; max-width: 86vw; white-space: normal; padding-top: .6rem; }
+.aside { white-space: normal; max-width: 9rem; opacity: .7; font-size: .75rem; }
+.why { white-space: normal; max-width: min(36rem, 62vw); }
 .good { color: #007a4d; font-weight: 600; } .bad { color: #c8440c; font-weight: 600; }
 @media (prefers-color-scheme: dark) { .good { color: #3ddc97; } .bad { color: #ff9466; } }
 summary { cursor: pointer; padding: .5rem 0; font-weight: 600; }
@@ -159,13 +161,20 @@ percentiles. Below 1, ours is faster.</p>
 """
 
 
+_SET_TITLES = {
+    "overview": "Overview", "workloads": "Workloads of real models", "lengths": "Over the length",
+    "foundation": "Held targets", "low-rank": "Masks that are never stored", "gpu": "On the GPU",
+    "windows": "Windows", "part": "Chosen cases", "smoke": "Smoke",
+}  # fmt: skip
+
+
 def _section(rows: list[dict], pictures: dict[str, bytes]) -> str:
     first = rows[0]
     place = f"{first['machine']}, {first['cpus']} CPUs, kernels at {first['kernel_level']}"
     if first.get("gpu"):
         place = f"{first['gpu']} (driver {first.get('driver')}), {place}"
     parts = [
-        f"<h2>{escape(first.get('set', 'part').capitalize())}</h2>",
+        f"<h2>{escape(_SET_TITLES.get(first.get('set'), str(first.get('set'))))}</h2>",
         f"<p>{escape(place)}, torch {escape(str(first['torch']))}, lam_kernels "
         f"{escape(str(first['lam_kernels']))}, commit {escape(str(first['commit']))}, "
         f"{escape(str(first['date']))}, run {escape(str(first['run']))}.</p>",
@@ -216,35 +225,43 @@ def _headline(rows: list[dict]) -> str:
     return f"<p><strong>{escape('; '.join(lines))}.</strong></p>"
 
 
-_COLUMNS = ("contender", "ms (20 .. 80 %)", "ours / this", "of mm", "of copy", "MiB", "target")
+_COLUMNS = (
+    "contender", "ms", "ours / this", "ms, 20 .. 80 %", "of mm", "of copy", "MiB", "target",
+)  # fmt: skip
 
 
 def _table(rows: list[dict]) -> str:
-    lines = ["<table><thead><tr><th>case</th>"]
-    lines += [f"<th>{name}</th>" for name in _COLUMNS] + ["</tr></thead><tbody>"]
+    lines = ["<table><thead><tr>", *(f"<th>{name}</th>" for name in _COLUMNS)]
+    lines.append("</tr></thead><tbody>")
     shown = None
     for row in rows:
         key = (row["case"], row["dtype"], row["direction"], row["allocator"], row["threads"])
-        label = ""
         if key != shown:
             label = f"{row['case']}: {row['label']}, {row['dtype']} {row['direction']}, "
             label += f"{row['allocator']} allocator, {row['threads']} threads"
+            lines.append(
+                f'<tr><th colspan="{len(_COLUMNS)}"><div class="label">{escape(label)}</div></th>'
+                "</tr>"
+            )
         shown = key
-        lines.append(f'<tr><td class="text">{escape(label)}</td>{_cells(row)}</tr>')
+        lines.append(f"<tr>{_cells(row)}</tr>")
     return "".join(lines) + "</tbody></table>"
 
 
 def _cells(row: dict) -> str:
     name = escape(row["contender"])
     for word in ("differs", "note"):
-        name += f"<br><span class=quiet>{escape(str(row[word]))}</span>" if row.get(word) else ""
+        name += f'<div class="aside">{escape(str(row[word]))}</div>' if row.get(word) else ""
     if "error" in row or "missing" in row:
         why = escape(str(row.get("error") or row["missing"]))
-        return f'<td>{name}</td><td class="text" colspan="{len(_COLUMNS) - 1}">{why}</td>'
-    time = ""
+        return (
+            f'<td>{name}</td><td class="text" colspan="{len(_COLUMNS) - 1}">'
+            f'<div class="why">{why}</div></td>'
+        )
+    time = spread = ""
     if "median_ms" in row:
-        mark = "~" if row["disturbed"] else ""
-        time = f"{mark}{row['median_ms']:.4g} ({row['p20_ms']:.4g} .. {row['p80_ms']:.4g})"
+        time = ("~" if row["disturbed"] else "") + f"{row['median_ms']:.4g}"
+        spread = f"{row['p20_ms']:.4g} .. {row['p80_ms']:.4g}"
     ratio = ""
     if "ours_over_this" in row:
         kind = "good" if row["ours_over_this"] < 1 else "bad"
@@ -257,5 +274,5 @@ def _cells(row: dict) -> str:
     if "target" in row:
         kind = "good" if row.get("target_met") else "bad"
         target = f'<span class="{kind}">{row["target"]:.4g}</span>'
-    cells = (name, time, ratio, *shares, memory, target)
+    cells = (name, time, ratio, spread, *shares, memory, target)
     return "".join(f"<td>{cell}</td>" for cell in cells)

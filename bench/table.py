@@ -78,14 +78,23 @@ def _lines(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
 
 
+def _described(key: tuple, groups: dict[tuple, dict[str, dict]]) -> str:
+    """Case, problem and direction; allocator and threads where a run has several."""
+    case, _, direction, allocator, threads = key
+    label = next(iter(groups[key].values()))["label"]
+    text = f"{case}: {label}, {_DIRECTIONS[direction]}"
+    if len({other[3] for other in groups}) > 1:
+        text += f", {allocator} allocator"
+    return text + (f", {threads} threads" if len({other[4] for other in groups}) > 1 else "")
+
+
 def _short_times(groups: dict[tuple, dict[str, dict]]) -> str:
     """Ours in ms, its share of torch.mm, and ours / each contender."""
     names = _names(groups)
     body = []
-    for (case, dtype, direction, *_), group in groups.items():
+    for key, group in groups.items():
         mine = group.get("ours", {})
-        first = next(iter(group.values()))
-        cells = [f"{case}: {first['label']}, {_DIRECTIONS[direction]}", dtype]
+        cells = [_described(key, groups), key[1]]
         if "median_ms" in mine:
             share = f"{mine['share_of_matmul']:.0%}" if "share_of_matmul" in mine else ""
             cells += [("~" if mine["disturbed"] else "") + f"{mine['median_ms']:.3g}", share]
@@ -102,11 +111,10 @@ def _short_memory(groups: dict[tuple, dict[str, dict]]) -> str:
     """Peak MiB of every contender."""
     names = ["ours", *_names(groups)]
     body = []
-    for (case, dtype, direction, *_), group in groups.items():
-        first = next(iter(group.values()))
+    for key, group in groups.items():
         peaks = [f"{group[n]['peak_mib']:.0f}" if "peak_mib" in group.get(n, {}) else "fails"
                  if n in group else "" for n in names]  # fmt: skip
-        body.append([f"{case}: {first['label']}, {_DIRECTIONS[direction]}", dtype, *peaks])
+        body.append([_described(key, groups), key[1], *peaks])
     return _lines(["peak MiB", "dtype", *names], body)
 
 
@@ -182,10 +190,11 @@ def _origin(rows: list[dict]) -> str:
     )
     if peaks:
         text += " In the same run: " + "; ".join(peaks) + "."
+    ratio = "median" if any("ratio" in row for row in rows) else "ratio of medians"
     return text + (
-        "\nTimes are medians of interleaved samples in ms; ratio = ours / contender: median and 20 "
-        "and 80 percentiles within a round. Allocator: default = glibc as it is, kept = glibc told "
-        "to keep its memory. ~ = too few samples without other load: all used."
+        f"\nTimes are medians of interleaved samples in ms; ours / contender: {ratio}, 20 and 80 "
+        "percentiles of the ratios within a round. Allocator: default = glibc as it is, kept = "
+        "glibc told to keep its memory. ~ = too few samples without other load: all used."
     )
 
 

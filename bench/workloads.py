@@ -141,6 +141,6 @@ def on_cpu(problem: dict) -> dict:
     if str(problem.get("pattern")).startswith("Windows("):
         rows, columns = problem["pattern"].removeprefix("Windows(").split(",")[:2]
         least = int(rows) * int(columns)
-    while batch % (2 * least) == 0 and batch * sample > CPU_PAIRS:
-        batch //= 2
+    while batch > least and batch * sample > CPU_PAIRS:
+        batch = max(least, batch // 2 // least * least)
     return problem | {"B": batch}

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from bench import check, contender, measure, ops
+from bench import check, contender, measure, ops, timing
 from bench.cases import CASES, DTYPES, MEASURES, SECTIONS, Case, Goal, select
 from bench.ops import masked_attention as page
+from bench.workloads import CPU_PAIRS, WORKLOADS, on_cpu
 from python_ref.inputs import Problem
 
 # The targets table as it was set: shape; fp32 over compile, over SDPA; the same in bf16.
@@ -136,6 +137,17 @@ def test_peers_compute_the_same(name, problem, direction, dtype):
     assert errors.keys() == {"out", *gradients}
 
 
+@pytest.mark.parametrize("name", ["ours", "eager", "sdpa"])
+@pytest.mark.parametrize("problem", [SHIFTED, ADDED.but(B=4)], ids=["shifted", "plain"])
+def test_the_page_of_window_attention(name, problem):
+    windows = ops.page("window_attention")
+    backend = "reference" if name == "ours" else ""
+    one = contender.contender(windows, name, problem, "both", backend, windows.draw)
+    errors, wrong = check.problems_in(one.result(), windows, problem)
+    assert not wrong
+    assert errors.keys() == {"out", "query", "key", "value", "bias"}
+
+
 def test_a_frozen_mask_gets_no_gradient():
     errors, wrong = _errors("ours", DENSE.but(grads="qkv"))
     assert not wrong
@@ -243,3 +255,38 @@ def test_threads_are_given_back():
         torch.set_num_threads(before)
     assert [row["contender"] for row in rows] == ["ours", "ours_d32", "ours_1thread"]
     assert not any("error" in row for row in rows)
+
+
+def test_peaks_rise_with_a_better_sample_and_never_fall():
+    def series(name, seconds):
+        return timing.Series(name, clean={0: seconds})
+
+    flops = 2 * measure.PEAK_SIZE["cpu"] ** 3
+    peak = {"peak_dtype": "fp32", "peak_tflops": flops / 0.01 / 1e12, "copy_gbps": 50.0}
+    samples = {"ours": series("ours", 1.0), "mm fp32": series("mm fp32", 0.005),
+               "copy": series("copy", 1.0)}  # fmt: skip
+    raised = measure._raised(peak, samples, "cpu")
+    assert raised["peak_tflops"] == pytest.approx(2 * peak["peak_tflops"])
+    assert raised["copy_gbps"] == 50.0
+    assert list(samples) == ["ours"]
+
+
+def test_workloads_fit_a_cpu_and_keep_their_windows_together():
+    for workload in WORKLOADS.values():
+        for part in workload.parts:
+            if part.why_not:
+                continue
+            small = on_cpu(part.problem)
+            assert small | {"B": part.problem["B"]} == part.problem
+            sample = small["H"] * small["Lq"] * small.get("Lk", small["Lq"])
+            assert small["B"] * sample <= CPU_PAIRS or small["B"] == 1
+            if "Windows(" in str(small.get("pattern")) and not ops.missing(part.op):
+                page.draw(Problem(**small | {"D": 1}))  # refuses part of an image
+    assert on_cpu(WORKLOADS["W8"].parts[0].problem)["B"] == 32
+
+
+def test_the_regression_set_is_of_cases():
+    from bench import test_regression
+
+    for name, direction in test_regression._CHOSEN:
+        assert direction in CASES[name].directions

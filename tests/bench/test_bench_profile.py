@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import lam_kernels
 from bench import profile, trace
 from bench.__main__ import main
 from bench.trace import CATEGORIES, Subject, attributed, profiled
@@ -96,8 +97,6 @@ def test_a_real_step_is_split_into_its_parts(tmp_path):
     with gzip.open(path, "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"bench.core", "bench.generator", "bench.linear", "[memory]"} <= names
-    import lam_kernels
-
     assert lam_kernels.lam_attention.__module__ == "lam_kernels.ops.masked_attention"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in made.module.modules())
 
@@ -139,6 +138,10 @@ def step():
     x = torch.randn(8, 8, requires_grad=True)
     return lambda: x.square().sum().backward()
 
+def layers():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return layer, torch.randn(2, 9, 16)
+
 def dictionary():
     return {"model": 1}
 
@@ -163,6 +166,19 @@ def test_a_users_function_before_and_after(user_module, capsys):
     assert "the step takes" in printed
     names = {path.name for path in (user_module / "found").iterdir()}
     assert names == {"before.json.gz", "after.json.gz", "profile.png", "memory.png"}
+
+
+def test_swap_makes_the_second_of_a_model_that_knows_nothing_of_it(user_module, capsys):
+    why_not = lam_kernels.backends()["cpu"]
+    if why_not:
+        pytest.skip(f"backend cpu: {why_not}")
+    arguments = ["--steps", "1", "--threads", "1", "--output", "found"]
+    assert main(["profile", "profiled_by_a_user:layers", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "note: swap() changed 1 modules" in printed
+    assert "the step takes" in printed
+    with gzip.open(user_module / "found" / "after.json.gz", "rt") as file:
+        assert "bench.core" in file.read()
 
 
 @pytest.mark.parametrize("function", ["plain", "step"])
