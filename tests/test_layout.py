@@ -19,6 +19,7 @@ OPS = {
     "masked_attention": "masked_attention",
     "lam_attention": "masked_attention",
     "window_attention": "masked_attention",
+    "score_masked_attention": "score_masked_attention",
 }
 NOT_OPS = {"backends", "explain"}
 
