@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-full lint fmt bench bench-foundation clean
+.PHONY: build emulation demo test test-full gpu-check lint fmt bench bench-foundation clean
 
 # $(call timed,what,command): says what runs, and how many seconds it took.
 define timed
@@ -49,14 +49,23 @@ $(VENV)/installed: $(VENV)/tools pyproject.toml setup.py
 	$(call timed,lam_kernels and what demo and tests need,$(PIP) install --no-build-isolation -e ".[test]" "$(TORCH)" "$(TRITON)")
 	@touch $@
 
+# The CUDA kernels compiled for this machine's CPU (docs/emulation.md): LAM_EMULATE_CUDA=1 then serves CPU tensors.
+emulation: build
+	$(call timed,emulated CUDA kernels,$(BIN)/python -W ignore setup.py -q emulation)
+
 demo: build
 	$(call timed,demo,$(BIN)/python -m lam_kernels train image-classification)
 
-test: build
+test: build emulation
 	$(call timed,tests,$(BIN)/python -m pytest -n auto --dist worksteal)
 
-test-full: build
+test-full: build emulation
 	$(call timed,all tests,$(BIN)/python -m pytest -n auto --dist worksteal --full)
+
+# On a machine with a GPU: first each PTX instruction against its emulation, then the kernels.
+gpu-check: build
+	$(call timed,PTX wrappers against their emulation,$(BIN)/python -m pytest tests/cuda/test_conformance.py)
+	$(call timed,CUDA kernels,$(BIN)/python -m pytest tests/cuda/test_masked_attention_gpu.py)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
