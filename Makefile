@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: build demo test test-full gpu-check lint fmt bench bench-foundation clean
+.PHONY: build emulation demo test test-full gpu-check lint fmt bench bench-foundation clean
 
 # $(call timed,what,command): says what runs, and how many seconds it took.
 define timed
@@ -51,13 +51,17 @@ $(VENV)/installed: $(VENV)/tools pyproject.toml setup.py
 	$(call timed,lam_kernels and what demo and tests need,$(PIP) install --no-build-isolation -e ".[test]" "$(TORCH)" "$(TRITON)")
 	@touch $@
 
+# The CUDA kernels compiled for this machine's CPU (docs/emulation.md): LAM_EMULATE_CUDA=1 then serves CPU tensors.
+emulation: build
+	$(call timed,emulated CUDA kernels,$(BIN)/python -W ignore setup.py -q emulation)
+
 demo: build
 	$(call timed,demo,$(BIN)/python -m lam_kernels train image-classification)
 
-test: build build/triton-3.6/triton
+test: build emulation build/triton-3.6/triton
 	$(call timed,tests,$(BIN)/python -m pytest -n auto --dist worksteal)
 
-test-full: build build/triton-3.6/triton
+test-full: build emulation build/triton-3.6/triton
 	$(call timed,all tests,$(BIN)/python -m pytest -n auto --dist worksteal --full)
 
 # A machine that cannot get it runs the other tests: the ones that need it say what is missing.

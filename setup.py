@@ -1,8 +1,13 @@
-"""Build the libraries with ninja: `_cpu` (kernels and torch ops) and `_host` (no tensors).
+"""Build the libraries with ninja: `_cpu` (kernels and torch ops), `_host` (no tensors), and `_cuda`
+where torch is a CUDA build and nvcc is there. `setup.py emulation` builds `_cuda_emulation`: the
+CUDA kernels compiled by the C++ compiler (docs/emulation.md).
 
-LAM_DEBUG=1         -O0 -g, in a build folder of its own
-LAM_CUDA=auto|0|1   1 stops with the reason when no GPU library can be built; this version has none
-MAX_JOBS            how many files are compiled at once (default: one a core)
+LAM_DEBUG=1          -O0 -g, in a build folder of its own
+LAM_CUDA=auto|0|1    1 stops with the reason when no GPU library can be built
+TORCH_CUDA_ARCH_LIST the GPUs that `_cuda` is compiled for, such as "8.0;9.0" (default: 8.0, 9.0,
+                     10.0 as machine code, and the last as PTX for later ones)
+CUDA_HOME            where nvcc and the CUDA headers are (default: the nvcc on the path)
+MAX_JOBS             how many files are compiled at once (default: one a core)
 """
 
 import fcntl
@@ -10,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +24,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -59,6 +65,22 @@ if platform.machine() == "x86_64":
         ),
     }
 
+CUDA_SOURCES = [
+    f"csrc/cuda/{n}.cu"
+    for n in ("device", *(f"masked_attention_{d}" for d in ("bf16", "f16", "f32")))
+]
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0+PTX")
+# A kernel that spills registers is a kernel that was not looked at: the build stops.
+NVCC = [
+    *(["-O0", "-g"] if DEBUG else ["-O3", "-Xptxas=-warn-spills", "-Werror=all-warnings"]),
+    "-std=c++17",
+    "-Icsrc",
+    "--threads=4",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
+# Type punning is what fragments of matrix products are made of.
+EMULATION = ["-fno-strict-aliasing", "-x", "c++"]
+
 # Files that are compiled once for each level, with LAM_LEVEL defined as its name.
 BINDINGS = [
     "masked_attention",
@@ -79,11 +101,63 @@ def package_dir(name):
     return Path(spec.origin).parent
 
 
+def cuda_home():
+    """Where nvcc and the CUDA headers are, or None."""
+    nvcc = shutil.which("nvcc")
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        nvcc and Path(nvcc).resolve().parent.parent,
+        "/usr/local/cuda",
+    ]
+    for home in homes:
+        if home and Path(home, "bin", "nvcc").exists():
+            root = Path(home).resolve()
+            if (root / "include" / "cuda_runtime.h").exists():
+                return root
+    return None
+
+
+def cuda_headers():
+    """A folder with cuda_bf16.h and cuda_fp16.h, of the toolkit or of Triton's wheel; or None."""
+    places = [cuda_home() and cuda_home() / "include"]
+    if importlib.util.find_spec("triton"):
+        places.append(package_dir("triton") / "backends" / "nvidia" / "include")
+    return next((place for place in places if place and (place / "cuda_bf16.h").exists()), None)
+
+
 def why_no_cuda():
-    reason = "this version has no CUDA kernels"
-    if os.environ.get("LAM_CUDA", "auto") == "1":
+    """Why `_cuda` is not built, "" when it is."""
+    setting = os.environ.get("LAM_CUDA", "auto")
+    if setting == "0":
+        return "LAM_CUDA=0"
+    text = (package_dir("torch") / "version.py").read_text()
+    reason = ""
+    if not re.search(r"^cuda\b[^=]*= *['\"]", text, re.M):
+        reason = f"torch {version('torch')} is not a CUDA build"
+    elif cuda_home() is None:
+        reason = "nvcc was not found: set CUDA_HOME"
+    if reason and setting == "1":
         raise SystemExit(f"LAM_CUDA=1, but {reason}")
-    return "LAM_CUDA=0" if os.environ.get("LAM_CUDA") == "0" else reason
+    return reason
+
+
+def gencode():
+    """nvcc's flags for the architectures of TORCH_CUDA_ARCH_LIST."""
+    listed = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    archs = []
+    for arch in [arch for arch in listed if arch] or DEFAULT_ARCHS:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if not match or int(match[1]) < 8:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: {arch} is none of 8.0, 9.0, 10.0, ... with +PTX or not"
+            )
+        archs.append((int(match[1] + match[2]), bool(match[4])))
+    # One source for all: the front end runs once, for the oldest, and ptxas for each.
+    base = min(archs)[0]
+    flags = [f"-gencode=arch=compute_{base},code=sm_{number}" for number, _ in archs]
+    if any(ptx for _, ptx in archs):
+        flags.append(f"-gencode=arch=compute_{base},code=compute_{base}")
+    return flags
 
 
 def ninja_program():
@@ -100,54 +174,118 @@ def write_if_changed(path, text):
         path.write_text(text)
 
 
-def ninja_file(out):
+class NinjaFile:
     """The build as ninja text: one object a (library, level), so that no two share a path."""
-    torch, pybind11 = package_dir("torch"), package_dir("pybind11")
-    lines = [
-        f"builddir = {out}",
-        f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out",
-        " depfile = $out.d\n deps = gcc\n description = compile $in ($level)",
-        f"rule link\n command = {CXX} -shared $objects -o $out $flags\n description = link $out",
-    ]
 
-    def obj(library, level, source, flags):
-        name = out / library / level / (Path(source).stem + ".o")
-        flags = shlex.join([*BASE, *flags])
-        lines.append(f"build {name}: cxx {source}\n flags = {flags}\n level = {level}")
+    def __init__(self, out):
+        self.out = out
+        self.torch = package_dir("torch")
+        self.stable = [
+            f"-isystem{self.torch / 'include'}",
+            "-DTORCH_STABLE_ONLY",
+            f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+        ]
+        self.torch_link = [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
+        self.lines = [
+            f"builddir = {out}",
+            f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out",
+            " depfile = $out.d\n deps = gcc\n description = compile $in ($level)",
+            f"rule nvcc\n command = {cuda_home()}/bin/nvcc -MMD -MF $out.d $flags -c $in -o $out",
+            " depfile = $out.d\n deps = gcc\n description = compile $in ($level)",
+            f"rule link\n command = {CXX} -shared $objects -o $out $flags",
+            " description = link $out",
+        ]
+
+    def obj(self, library, level, source, flags, rule="cxx"):
+        name = self.out / library / level / (Path(source).stem + ".o")
+        flags = shlex.join([*(BASE if rule == "cxx" else NVCC), *flags])
+        self.lines.append(f"build {name}: {rule} {source}\n flags = {flags}\n level = {level}")
         return str(name)
 
-    def link(library, objects, flags, implicit=""):
-        name = f"{out / library}{SUFFIX}"
-        lines.append(f"build {name}: link {' '.join(objects)} | {implicit}")
-        lines.append(f" objects = {' '.join(objects)}\n flags = {' '.join(flags)}")
+    def link(self, library, objects, flags, implicit=""):
+        name = f"{self.out / library}{SUFFIX}"
+        self.lines.append(f"build {name}: link {' '.join(objects)} | {implicit}")
+        self.lines.append(f" objects = {' '.join(objects)}\n flags = {' '.join(flags)}")
         return name
 
-    stable = [
-        f"-isystem{torch / 'include'}",
-        "-DTORCH_STABLE_ONLY",
-        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
-    ]
-    objects = [obj("_cpu", level, *LEVELS[level]) for level in LEVELS]
-    objects += [
-        obj("_cpu", level, source, [*LEVELS[level][1], f"-DLAM_LEVEL={level}"])
-        for level in LEVELS
-        for source in LEVEL_SOURCES
-    ]
-    # _host calls into these two
-    objects += [
-        obj("_cpu", "baseline", f"csrc/cpu/{n}.cpp", ["-fvisibility=default"])
-        for n in ("levels", "scratch")
-    ]
-    objects += [obj("_cpu", "baseline", f"csrc/bind_{name}.cpp", stable) for name in BINDINGS]
-    cpu = link("_cpu", objects, [f"-Wl,-soname,_cpu{SUFFIX}", f"-L{torch / 'lib'}", "-ltorch_cpu"])
-    python = [
-        f"-isystem{pybind11 / 'include'}",
-        f"-isystem{sysconfig.get_path('include')}",
-        f"-I{out}",
-    ]
-    host = obj("_host", "baseline", "csrc/bind_python.cpp", python)
-    link("_host", [host], [cpu, "-Wl,-rpath,'$$ORIGIN'"], implicit=cpu)
-    return "\n".join(lines) + "\n"
+    def cpu(self):
+        objects = [self.obj("_cpu", level, *LEVELS[level]) for level in LEVELS]
+        objects += [
+            self.obj("_cpu", level, source, [*LEVELS[level][1], f"-DLAM_LEVEL={level}"])
+            for level in LEVELS
+            for source in LEVEL_SOURCES
+        ]
+        # _host calls into these two
+        objects += [
+            self.obj("_cpu", "baseline", f"csrc/cpu/{n}.cpp", ["-fvisibility=default"])
+            for n in ("levels", "scratch")
+        ]
+        objects += [
+            self.obj("_cpu", "baseline", f"csrc/bind_{name}.cpp", self.stable) for name in BINDINGS
+        ]
+        cpu = self.link("_cpu", objects, [f"-Wl,-soname,_cpu{SUFFIX}", *self.torch_link])
+        python = [
+            f"-isystem{package_dir('pybind11') / 'include'}",
+            f"-isystem{sysconfig.get_path('include')}",
+            f"-I{self.out}",
+        ]
+        host = self.obj("_host", "baseline", "csrc/bind_python.cpp", python)
+        self.link("_host", [host], [cpu, "-Wl,-rpath,'$$ORIGIN'"], implicit=cpu)
+
+    def cuda(self, archs):
+        """`_cuda`. It also links and loads where torch is a CPU build, for tests to look at."""
+        objects = [self.obj("_cuda", "gpu", source, archs, rule="nvcc") for source in CUDA_SOURCES]
+        objects.append(self.obj("_cuda", "host", "csrc/cuda/plan.cpp", []))
+        on_gpu = [*self.stable, "-DLAM_CUDA_KERNELS", "-DLAM_ON_GPU", "-DUSE_CUDA"]
+        objects.append(self.obj("_cuda", "host", "csrc/bind_masked_attention.cpp", on_gpu))
+        library = next(
+            (cuda_home() / n for n in ("lib64", "lib") if (cuda_home() / n).exists()), ""
+        )
+        runtime = [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return self.link("_cuda", objects, [*self.torch_link, *runtime])
+
+    def emulation(self):
+        """`_cuda_emulation`: the sources of `_cuda` for this machine's CPU."""
+        flags = [*EMULATION, f"-isystem{cuda_headers()}"]
+        objects = [self.obj("_cuda_emulation", "cpu", source, flags) for source in CUDA_SOURCES]
+        objects.append(self.obj("_cuda_emulation", "cpu", "csrc/cuda/plan.cpp", []))
+        objects.append(
+            self.obj(
+                "_cuda_emulation",
+                "cpu",
+                "csrc/bind_masked_attention.cpp",
+                [*self.stable, "-DLAM_CUDA_KERNELS"],
+            )
+        )
+        return self.link("_cuda_emulation", objects, self.torch_link)
+
+    def text(self):
+        return "\n".join(self.lines) + "\n"
+
+
+def ninja_file(out):
+    ninja = NinjaFile(out)
+    ninja.cpu()
+    if not why_no_cuda():
+        ninja.cuda(gencode())
+    return ninja.text()
+
+
+def build_folder():
+    # The same for wheels and editable installs, so that each reuses the other's objects.
+    out = Path("build", f"ninja{SUFFIX.removesuffix('.so')}{'-debug' if DEBUG else ''}")
+    Path(ROOT, out).mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def run_ninja(out, name, text):
+    """Build what `text` describes; one at a time in a folder."""
+    write_if_changed(ROOT / out / name, text)
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    ninja = [ninja_program(), "-f", f"{out}/{name}", "-j", jobs]
+    env = {"NINJA_STATUS": "[%f/%t, %es] ", **os.environ}
+    if subprocess.run(ninja, cwd=ROOT, env=env).returncode:
+        raise SystemExit("lam_kernels: the compiler's message is above")
 
 
 class Build(build_ext):
@@ -155,9 +293,7 @@ class Build(build_ext):
 
     def build_extensions(self):
         start = time.monotonic()
-        # The same for wheels and editable installs, so that each reuses the other's objects.
-        out = Path("build", f"ninja{SUFFIX.removesuffix('.so')}{'-debug' if DEBUG else ''}")
-        Path(ROOT, out).mkdir(parents=True, exist_ok=True)
+        out = build_folder()
         compiler = subprocess.run(
             [CXX, "--version"], capture_output=True, text=True, check=True
         ).stdout
@@ -170,19 +306,16 @@ class Build(build_ext):
             "compiler": compiler.splitlines()[0],
             "debug": DEBUG,
             "cuda_skipped": why_no_cuda(),
+            "cuda_archs": [] if why_no_cuda() else gencode(),
         }
-        print(f"lam_kernels: cpu={','.join(LEVELS)} cuda=no ({stamp['cuda_skipped']})", flush=True)
-        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        cuda = f"no ({stamp['cuda_skipped']})" if stamp["cuda_skipped"] else "yes"
+        print(f"lam_kernels: cpu={','.join(LEVELS)} cuda={cuda}", flush=True)
         with open(ROOT / out / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             text = json.dumps(stamp, indent=1)
             header = f"#define LAM_BUILD_STAMP {json.dumps(text)}\n"  # a JSON string is a C string
             write_if_changed(ROOT / out / "build_stamp.h", header)
-            write_if_changed(ROOT / out / "build.ninja", ninja_file(out))
-            ninja = [ninja_program(), "-f", f"{out}/build.ninja", "-j", jobs]
-            env = {"NINJA_STATUS": "[%f/%t, %es] ", **os.environ}
-            if subprocess.run(ninja, cwd=ROOT, env=env).returncode:
-                raise SystemExit("lam_kernels: the compiler's message is above")
+            run_ninja(out, "build.ninja", ninja_file(out))
             for ext in self.extensions:
                 target = Path(self.get_ext_fullpath(ext.name))
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -196,6 +329,27 @@ class Build(build_ext):
         self.copy_file(str(Path(self.build_lib, stamp)), str(ROOT / stamp))
 
 
+class Emulation(Command):
+    """The CUDA kernels for the CPU, beside the other libraries of the source tree; never packed."""
+
+    user_options: list = []  # noqa: RUF012
+    initialize_options = finalize_options = lambda self: None
+
+    def run(self):
+        if cuda_headers() is None:
+            raise SystemExit(
+                "the emulation needs cuda_bf16.h and cuda_fp16.h: install triton, which brings "
+                "them, or set CUDA_HOME"
+            )
+        out = build_folder()
+        with open(ROOT / out / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            ninja = NinjaFile(out)
+            library = Path(ninja.emulation())
+            run_ninja(out, "emulation.ninja", ninja.text())
+            self.copy_file(str(ROOT / library), str(ROOT / "lam_kernels" / library.name))
+
+
 class Wheel(bdist_wheel):
     """From an empty folder: what an earlier build left there would be packed too."""
 
@@ -204,7 +358,9 @@ class Wheel(bdist_wheel):
         super().run()
 
 
+LIBRARIES = ("_cpu", "_host") if why_no_cuda() else ("_cpu", "_host", "_cuda")
+
 setup(
-    ext_modules=[Extension(f"lam_kernels.{name}", []) for name in ("_cpu", "_host")],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    ext_modules=[Extension(f"lam_kernels.{name}", []) for name in LIBRARIES],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "emulation": Emulation},
 )

@@ -1,6 +1,7 @@
-// What the bindings of all CPU kernels share: tensors checked, results allocated, the plain parameter struct filled.
+// What the bindings of all C++ kernels share: tensors checked, results allocated, the plain parameter struct filled.
 // The public op has checked everything in words a user understands; the checks here are what keeps a direct call of
 // these private ops from reading outside of its tensors.
+// LAM_CUDA_KERNELS: for the CUDA kernels (or their emulation); LAM_ON_GPU: whose tensors are on a GPU.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,9 +15,11 @@
 #include <tuple>
 #include <vector>
 
+#include "lam.h"
+#if !defined(LAM_CUDA_KERNELS)
 #include "cpu/levels.h"
 #include "cpu/scratch.h"
-#include "lam.h"
+#endif
 
 namespace {
 
@@ -24,6 +27,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
+
+#if defined(LAM_ON_GPU)
+constexpr const char* kDevice = "CUDA";
+inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+#else
+constexpr const char* kDevice = "CPU";
+inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+#endif
 
 inline lam::DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -42,7 +53,7 @@ inline lam::DType dtype_of(const Tensor& t, const char* name) {
 
 // A size of -1 takes anything.
 inline void check_tensor(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, bool broadcast = false) {
-  STD_TORCH_CHECK(t.defined() && t.is_cpu(), name, " must be a CPU tensor");
+  STD_TORCH_CHECK(t.defined() && on_device(t), name, " must be a ", kDevice, " tensor");
   STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " axes, has ",
                   t.dim());
   const auto actual = t.sizes();
@@ -75,6 +86,12 @@ inline Tensor with_unit_last_stride(Tensor t) {
 // A call of torch::stable::contiguous costs microseconds even where there is nothing to do.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+#if defined(LAM_CUDA_KERNELS)
+inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+#else
 inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
@@ -103,6 +120,7 @@ inline Tensor allocate(const Tensor& like, torch::headeronly::IntHeaderOnlyArray
                                                           &handle));
   return Tensor(handle);
 }
+#endif
 
 inline lam::View view(void* data, lam::DType dtype, const Tensor& t) {
   lam::View v{data, dtype, {0, 0, 0, 0}};
@@ -229,6 +247,12 @@ inline std::vector<lam::PatternSpec> parse_patterns(const std::vector<int64_t>& 
   return specs;
 }
 
+#if defined(LAM_CUDA_KERNELS)
+inline void check_ready() {}
+inline void choose_threads(lam::MaskedAttentionParams&) {}
+#else
+inline void check_ready() { STD_TORCH_CHECK(*lam::level_error() == '\0', lam::level_error()); }
+
 // A task of the kernel runs exactly once, on the lane of its own index if there is one: a kernel that asks for as many
 // tasks as threads, several times, finds its data in the same core's cache. Further tasks go to whoever is free.
 inline void parallel_for(int64_t n, void (*body)(void*, int64_t), void* ctx) {
@@ -246,6 +270,15 @@ inline void parallel_for(int64_t n, void (*body)(void*, int64_t), void* ctx) {
   });
 }
 
+inline void choose_threads(lam::MaskedAttentionParams& p) {
+  // Waking a second thread costs more than this many multiplications do.
+  constexpr double kWorthAThread = 1 << 18;
+  const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.Lq) * static_cast<double>(p.Lk * p.D);
+  p.num_threads = work < kWorthAThread ? 1 : torch::stable::get_num_threads();
+  p.parallel_for = parallel_for;
+}
+#endif
+
 // The operands that forward and backward share, checked, and what must outlive the kernel's call.
 struct Call {
   lam::MaskedAttentionParams p{};
@@ -259,7 +292,7 @@ struct Call {
        const std::vector<Tensor>& segment_ids, const OptionalTensor& rng_state, const std::vector<int64_t>& pattern,
        double scale, double dropout_p, bool gate)
       : query(query_in), key(key_in), value(value_in), multiplier(multiplier_in), bias(bias_in) {
-    STD_TORCH_CHECK(*lam::level_error() == '\0', lam::level_error());
+    check_ready();
     check_tensor(query, "query", {-1, -1, -1, -1});
     p.B = query.size(0), p.H = query.size(1), p.Lq = query.size(2), p.D = query.size(3);
     check_tensor(key, "key", {p.B, -1, -1, p.D});
@@ -301,7 +334,8 @@ struct Call {
     STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ", dropout_p);
     if (dropout_p > 0.0) {
       STD_TORCH_CHECK(rng_state.has_value(), "dropout needs rng_state");
-      check_tensor(*rng_state, "rng_state", {2});
+      STD_TORCH_CHECK(rng_state->is_cpu() && rng_state->dim() == 1 && rng_state->size(0) == 2,
+                      "rng_state must be two integers on the CPU");
       check_scalar_type(*rng_state, "rng_state", ScalarType::Long, "int64");
       const auto* state = static_cast<const int64_t*>(rng_state->const_data_ptr());
       p.dropout_seed = state[0];
@@ -309,11 +343,7 @@ struct Call {
     }
     p.scale = scale;
     p.dropout_p = dropout_p;
-    // Waking a second thread costs more than this many multiplications do.
-    constexpr double kWorthAThread = 1 << 18;
-    const double work = static_cast<double>(p.B * p.H) * static_cast<double>(p.Lq) * static_cast<double>(p.Lk * p.D);
-    p.num_threads = work < kWorthAThread ? 1 : torch::stable::get_num_threads();
-    p.parallel_for = parallel_for;
+    choose_threads(p);
   }
 
   Call(const Call&) = delete;  // p points into the vectors

@@ -1,9 +1,26 @@
-// masked_attention as private torch operators, by torch's stable ABI.
+// masked_attention as private torch operators, by torch's stable ABI: of the CPU kernels, and with LAM_CUDA_KERNELS of
+// the CUDA kernels, on a GPU or emulated.
 #include "bind_call.h"
+#if defined(LAM_CUDA_KERNELS)
+#include "bind_cuda.h"
+#define LAM_OP(direction) "masked_attention_cuda_" direction
+#else
+#define LAM_OP(direction) "masked_attention_cpu_" direction
+#endif
 
 namespace {
 
-std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(
+#if !defined(LAM_CUDA_KERNELS)
+void check_limits(const lam::MaskedAttentionParams&) {}  // they take every call
+void run_forward(const lam::MaskedAttentionParams& p, const Tensor&) {
+  run_kernel(lam::kernels(p.query.dtype).masked_attention_fwd, p);
+}
+void run_backward(const lam::MaskedAttentionParams& p, const Tensor&) {
+  run_kernel(lam::kernels(p.query.dtype).masked_attention_bwd, p);
+}
+#endif
+
+std::tuple<Tensor, Tensor> masked_attention_fwd(
     Tensor query, Tensor key, Tensor value, OptionalTensor multiplier, OptionalTensor bias,
     OptionalTensor multiplier_columns, OptionalTensor multiplier_offset, OptionalTensor bias_columns,
     OptionalTensor bias_offset, OptionalTensor attn_mask, OptionalTensor key_mask, std::vector<Tensor> segment_ids,
@@ -11,6 +28,7 @@ std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(
   Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
             attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
   lam::MaskedAttentionParams& p = call.p;
+  check_limits(p);
   const Shape out_shape{p.B, p.H, p.Lq, p.Dv}, lse_shape{p.B, p.H, p.Lq};
   Tensor out = allocate(query, out_shape);
   Tensor lse = allocate(query, lse_shape, call.lse_dtype());
@@ -21,13 +39,13 @@ std::tuple<Tensor, Tensor> masked_attention_cpu_fwd(
   }
   p.out = result_view(out, p.query.dtype);
   p.lse = result_view(lse, call.lse_kernel_dtype());
-  run_kernel(lam::kernels(p.query.dtype).masked_attention_fwd, p);
+  run_forward(p, query);
   return {out, lse};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients masked_attention_cpu_bwd(
+Gradients masked_attention_bwd(
     Tensor grad_out, OptionalTensor grad_lse, Tensor query, Tensor key, Tensor value, OptionalTensor multiplier,
     OptionalTensor bias, OptionalTensor multiplier_columns, OptionalTensor multiplier_offset,
     OptionalTensor bias_columns, OptionalTensor bias_offset, OptionalTensor attn_mask, OptionalTensor key_mask,
@@ -36,6 +54,7 @@ Gradients masked_attention_cpu_bwd(
   Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
             attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
   lam::MaskedAttentionParams& p = call.p;
+  check_limits(p);
   check_needs(needs, 9);
   const ResultGradient result(call, grad_out, out, lse);
   if (grad_lse) {
@@ -63,7 +82,7 @@ Gradients masked_attention_cpu_bwd(
   if (!zeros && wanted(needs)) {
     result.fill(p);
     if (grad_lse) p.grad_lse = view(input_data(*grad_lse), call.lse_kernel_dtype(), *grad_lse);
-    run_kernel(lam::kernels(p.query.dtype).masked_attention_bwd, p);
+    run_backward(p, query);
   }
   return {grad_query, grad_key, grad_value, grad_multiplier, grad_bias, grad_multiplier_columns, grad_multiplier_offset,
           grad_bias_columns, grad_bias_offset};
@@ -73,19 +92,23 @@ Gradients masked_attention_cpu_bwd(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lam_kernels, m) {
   m.def(
-      "masked_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? multiplier, Tensor? bias, "
+      LAM_OP("fwd") "(Tensor query, Tensor key, Tensor value, Tensor? multiplier, Tensor? bias, "
       "Tensor? multiplier_columns, Tensor? multiplier_offset, Tensor? bias_columns, Tensor? bias_offset, "
       "Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, Tensor? rng_state, int[] pattern, float scale, "
       "float dropout_p, bool gate) -> (Tensor, Tensor)");
   m.def(
-      "masked_attention_cpu_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      LAM_OP("bwd") "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor? multiplier, Tensor? bias, Tensor? multiplier_columns, Tensor? multiplier_offset, "
       "Tensor? bias_columns, Tensor? bias_offset, Tensor? attn_mask, Tensor? key_mask, Tensor[] segment_ids, "
       "Tensor? rng_state, Tensor out, Tensor lse, int[] pattern, float scale, float dropout_p, bool gate, "
       "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
+#if defined(LAM_ON_GPU)
+STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CPU, m) {
-  m.impl("masked_attention_cpu_fwd", TORCH_BOX(&masked_attention_cpu_fwd));
-  m.impl("masked_attention_cpu_bwd", TORCH_BOX(&masked_attention_cpu_bwd));
+#endif
+  m.impl(LAM_OP("fwd"), TORCH_BOX(&masked_attention_fwd));
+  m.impl(LAM_OP("bwd"), TORCH_BOX(&masked_attention_bwd));
 }

@@ -20,6 +20,7 @@ class Backend:
     random_problems: int  # in an ordinary run
     double_backward: bool = False
     low_rank: bool = True  # takes a LowRankMask
+    modules: tuple[str, ...] = ()  # only these test modules; () for all
 
 
 BACKENDS = (
@@ -29,8 +30,27 @@ BACKENDS = (
     Backend(
         "reference", ("float32", "bfloat16", "float16", "float64"), True, 60, double_backward=True
     ),
+    # emulated, a problem takes some 0.1 s: accuracy and determinism of the kernels; what lies
+    # around them is the same for every backend
+    Backend(
+        "cuda",
+        ("float32", "bfloat16", "float16"),
+        False,
+        200,
+        low_rank=False,
+        modules=(
+            "test_masked_attention",
+            "test_masked_attention_random",
+            "test_masked_attention_conventions",
+        ),
+    ),
 )
 BY_NAME = {row.name: row for row in BACKENDS}
+
+
+def rows_for(module: str) -> list[Backend]:
+    """The rows whose tests a module has."""
+    return [row for row in BACKENDS if not row.modules or module in row.modules]
 
 
 def why_missing(name: str) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 # Read by OpenMP when torch loads it. Threads that spin while other programs want the cores make
 # small calls 10 x slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read once, when a backend is first asked for: where there is no GPU the CUDA kernels run emulated.
+os.environ.setdefault("LAM_EMULATE_CUDA", "1")
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ for folder in (TESTS, TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from backends import BACKENDS, why_missing, without_kernels  # noqa: E402
+from backends import BACKENDS, rows_for, why_missing, without_kernels  # noqa: E402
 from interpreted import left_out  # noqa: E402
 
 THREADS = 2
@@ -63,15 +65,16 @@ def pytest_generate_tests(metafunc):
         return
     if "backend" not in names or any("backend" in arguments for arguments in own):
         return
+    rows = rows_for(metafunc.module.__name__.rpartition(".")[2])
     if "dtype" in names and not any("dtype" in arguments for arguments in own):
-        cases = [(row, dtype) for row in BACKENDS for dtype in row.dtypes]
+        cases = [(row, dtype) for row in rows for dtype in row.dtypes]
         values = [
             pytest.param(row.name, dtype, marks=pytest.mark.backend(row.name))
             for row, dtype in cases
         ]
         metafunc.parametrize("backend, dtype", values)
     else:
-        values = [pytest.param(row.name, marks=pytest.mark.backend(row.name)) for row in BACKENDS]
+        values = [pytest.param(row.name, marks=pytest.mark.backend(row.name)) for row in rows]
         metafunc.parametrize("backend", values)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from floors import one_thread
 from tolerance import assert_accurate, with_gradients
@@ -40,8 +41,30 @@ def evaluate(
 
 
 def check(problem: Problem, backend: str | None) -> None:
-    """The backend's result for a problem is as accurate as its dtype allows."""
-    assert_accurate(evaluate(problem, backend), problem)
+    """The backend's result for a problem is as accurate as its dtype allows.
+
+    A problem beyond the backend's limits must be refused, with the reason that explain() gives.
+    """
+    why_not = limits(problem, backend)
+    if why_not:
+        with pytest.raises(RuntimeError, match="cannot serve this call") as refused:
+            evaluate(problem, backend)
+        assert why_not[0] in str(refused.value)
+    else:
+        assert_accurate(evaluate(problem, backend), problem)
+
+
+def limits(problem: Problem, backend: str | None) -> tuple[str, ...]:
+    """Why the backend does not serve a problem, () when it does."""
+    if backend in (None, "cpu", "reference"):  # they serve everything
+        return ()
+    o = problem.operands()
+    masks = o.masks()
+    if problem.gate and masks.pop("multiplier") is None:
+        masks |= {"mask": masks.pop("bias"), "fusion": "gate"}
+    op = "lam_attention" if "mask" in masks else "masked_attention"
+    explained = lam_kernels.explain(op, o.query, o.key, o.value, **masks, backend=backend)
+    return explained.reasons[backend]
 
 
 def random_problem(seed: int, dtype: str | None = None) -> Problem:

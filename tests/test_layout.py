@@ -27,7 +27,7 @@ NOT_OPS = {"backends", "explain"}
 
 # folder, suffixes -> the most lines of a file
 LIMITS = [
-    ("csrc", (".h", ".cpp", ".cu"), 500),
+    ("csrc", (".h", ".cpp", ".cu", ".cuh"), 500),
     ("lam_kernels/triton", (".py",), 500),
     ("lam_kernels/ops", (".py",), 250),
     ("tests", (".py",), 400),

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 
 from ..triton import availability
+from . import _cuda
 
 # Tried in this order when no backend is named. The reference is never tried: it runs only when
 # named.
 DEVICE_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-
-_LATER = "not part of this version yet"
 
 
 def _cpu_unavailable() -> str:
@@ -36,9 +35,11 @@ def unavailable(name: str) -> str:
     """Why backend `name` cannot run in this process, "" when it can."""
     if name == "cpu":
         return _cpu_unavailable()
+    if name == "cuda":
+        return _cuda.unavailable()
     if name == "triton":
         return availability.unavailable()
-    return "" if name == "reference" else _LATER
+    return ""
 
 
 def backends() -> dict[str, str]:
@@ -56,8 +57,8 @@ def _device_reasons(name: str, device: str, dtype: torch.dtype) -> list[str]:
         found.append(f"serves CPU tensors, these are on {device}")
     if name == "triton" and (why_not := availability.refuses(device)):
         found.append(why_not)
-    if name == "cuda" and device != "cuda":
-        found.append(f"serves CUDA tensors, these are on {device}")
+    if name == "cuda" and (why_not := _cuda.refuses(device)):
+        found.append(why_not)
     if name in ("cuda", "triton") and dtype == torch.float64:
         found.append("has no float64")
     return found
@@ -76,10 +77,13 @@ class Service(NamedTuple):
     load: gives the kernels, called once, at the first use.
     limits: the op's forward arguments without `backend` -> why these kernels do not take them,
         beyond device and dtype; [] when they do. Reads shapes, dtypes and settings, never data.
+    slower: the same arguments -> what was measured, where another backend of the device is tried
+        first when none is named; "" where the order of DEVICE_BACKENDS stands.
     """
 
     load: Callable[[], Kernels]
     limits: Callable[..., list[str]] | None = None
+    slower: Callable[..., str] | None = None
 
 
 # (op, named backend, device type, dtype) -> backend, where nothing else about a call matters
@@ -129,12 +133,12 @@ class Services:
             return settled
         if name is not None and name not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
-        candidates = DEVICE_BACKENDS.get(device, ()) if name is None else (name,)
-        for at, candidate in enumerate(candidates):
+        candidates = self._candidates(name, arguments)
+        for candidate in candidates:
             if not self.reasons(candidate, arguments):
-                # an earlier candidate with limits may serve the next call
-                tried = [self.table[one] for one in candidates[: at + 1] if one in self.table]
-                if not compiling and not any(service.limits for service in tried):
+                # one with limits may serve the next call, or be slower there
+                listed = [self.table[one] for one in candidates if one in self.table]
+                if not compiling and not any(one.limits or one.slower for one in listed):
                     _settled[self.op, name, device, dtype] = candidate
                 return candidate
         if name is not None:
@@ -150,6 +154,19 @@ class Services:
             'backend="reference" is plain PyTorch and runs only when named'
         )
 
+    def _candidates(self, name: str | None, arguments: Sequence) -> tuple[str, ...]:
+        """The backends to try, in order."""
+        if name is not None:
+            return (name,)
+        listed = DEVICE_BACKENDS.get(arguments[0].device.type, ())
+        return tuple(sorted(listed, key=lambda one: self._slower(one, arguments) != ""))
+
+    def _slower(self, name: str, arguments: Sequence) -> str:
+        service = self.table.get(name)
+        if service is None or service.slower is None:
+            return ""
+        return service.slower(*arguments)
+
     def explanation(
         self, name: str | None, arguments: Sequence, notes: tuple[str, ...]
     ) -> Explanation:
@@ -157,7 +174,7 @@ class Services:
             self.choose(name, arguments)  # raises
         device = arguments[0].device.type
         found = {one: self.reasons(one, arguments) for one in BACKENDS}
-        candidates = DEVICE_BACKENDS.get(device, ()) if name is None else (name,)
+        candidates = self._candidates(name, arguments)
         serving = next((one for one in candidates if not found[one]), "")
         for one in BACKENDS:
             if one == serving or found[one]:
@@ -167,7 +184,8 @@ class Services:
             elif one not in candidates:
                 found[one] = ["runs only when named"]
             else:
-                found[one] = [f"{serving} comes first for {device} tensors"]
+                first = f"{serving} comes first for {device} tensors"
+                found[one] = [self._slower(one, arguments) or first]
         why_not = {one: tuple(why) for one, why in found.items()}
         return Explanation(self.op, serving, why_not, notes)
 

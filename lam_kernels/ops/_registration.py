@@ -20,13 +20,22 @@ _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
 
 def cpu_service(op: str, limits: Callable[..., list[str]] | None = None) -> Service:
     """The C++ kernels lam_kernels::OP_cpu_fwd and OP_cpu_bwd."""
+    return Service(lambda: _compiled(op, "cpu"), limits)
 
-    def load() -> Kernels:
-        private = torch.ops.lam_kernels
-        directions = (getattr(private, f"{op}_cpu_{direction}") for direction in ("fwd", "bwd"))
-        return Kernels(*(kernel.default for kernel in directions))
 
-    return Service(load, limits)
+def cuda_service(
+    op: str,
+    limits: Callable[..., list[str]] | None = None,
+    slower: Callable[..., str] | None = None,
+) -> Service:
+    """The CUDA C++ kernels lam_kernels::OP_cuda_fwd and OP_cuda_bwd, or their emulation."""
+    return Service(lambda: _compiled(op, "cuda"), limits, slower)
+
+
+def _compiled(op: str, backend: str) -> Kernels:
+    private = torch.ops.lam_kernels
+    directions = (getattr(private, f"{op}_{backend}_{direction}") for direction in ("fwd", "bwd"))
+    return Kernels(*(kernel.default for kernel in directions))
 
 
 def triton_service(op: str, limits: Callable[..., list[str]] = availability.limits) -> Service:

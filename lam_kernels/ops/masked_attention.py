@@ -18,10 +18,12 @@ from ..triton import availability
 from . import _backends, _checks
 from ._autograd import refuse_double_backward
 from ._backends import Explanation, Services
+from ._cuda import masked_attention_limits, masked_attention_slower
 from ._flops import pair_count
 from ._registration import (
     LIBRARY,
     cpu_service,
+    cuda_service,
     gradients_like,
     reference_service,
     register,
@@ -259,6 +261,7 @@ KERNELS = Services(
     "masked_attention",
     {
         "cpu": cpu_service("masked_attention"),
+        "cuda": cuda_service("masked_attention", masked_attention_limits, masked_attention_slower),
         "triton": triton_service("masked_attention", availability.masked_attention_limits),
         "reference": reference_service("masked_attention"),
     },

@@ -935,10 +935,12 @@ def test_backends_and_explain():
     assert "not reference: runs only when named" in str(found)
     bare = lam_kernels.explain("masked_attention", query, key, value, enable_gqa=True)
     assert "no mask at all" in str(bare)
+    query, key, value, _, _ = operands(torch.float64)
     named = lam_kernels.explain(
         "masked_attention", query, key, value, enable_gqa=True, backend="cuda"
     )
     assert named.backend == ""
+    assert "has no float64" in named.reasons["cuda"]
     assert "no backend serves this call" in str(named)
     with pytest.raises(ValueError, match=r"op must be one of .*lam_attention, .*masked_attention"):
         lam_kernels.explain("attention")

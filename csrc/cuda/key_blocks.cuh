@@ -1,0 +1,148 @@
+// The second backward kernel's way: a block owns some keys and goes through its (batch, key head) pairs, for each
+// through the query heads that share it, and for each of those through the chunks of 64 queries that can see its keys.
+#pragma once
+#include "cuda/ring.cuh"
+
+namespace lam {
+namespace cuda {
+namespace {
+
+struct KeyWalk {
+  const MaskedAttentionCall& c;
+  int first_key, first_member, member, end_member;  // members are (batch, key head) pairs
+  int b, key_head, h, chunk, chunks;
+  int in_group, group, rows;
+
+  __device__ __forceinline__ KeyWalk(const MaskedAttentionCall& call, int block, int keys) : c(call), rows(keys) {
+    const Slices& s = c.key_slices;
+    first_key = block % s.row_blocks * keys;
+    const int split = block / s.row_blocks;
+    first_member = static_cast<int>(static_cast<int64_t>(s.members) * split / s.splits);
+    end_member = static_cast<int>(static_cast<int64_t>(s.members) * (split + 1) / s.splits);
+    member = first_member;
+    chunks = static_cast<int>((c.p.Lq + kChunk - 1) / kChunk);
+    group = static_cast<int>(c.p.H / c.p.Hkv);
+    enter();
+  }
+  __device__ __forceinline__ bool done() const { return member >= end_member; }
+  // A pair's first step comes even if nobody sees its keys: its results are written all the same.
+  __device__ __forceinline__ bool is_first() const { return in_group == 0 && chunk == 0; }
+  __device__ __forceinline__ void enter() {
+    if (done()) return;
+    const int B = static_cast<int>(c.p.B), Hkv = static_cast<int>(c.p.Hkv);
+    b = c.key_slices.share_h ? member % B : member / Hkv;
+    key_head = c.key_slices.share_h ? member / B : member % Hkv;
+    in_group = 0, chunk = 0, h = key_head * group;
+  }
+  __device__ __forceinline__ void advance() {
+    do {
+      if (++chunk == chunks) {
+        chunk = 0, ++in_group, ++h;
+        if (in_group == group) {
+          ++member;
+          return enter();
+        }
+      }
+    } while (!chunk_sees_keys());
+  }
+  __device__ __forceinline__ bool chunk_sees_keys() const {
+    const PatternSpec* spec = spec_of(c, h);
+    if (!spec) return true;
+    const int64_t Lq = c.p.Lq, first = static_cast<int64_t>(chunk) * kChunk, last = min64(first + kChunk, Lq) - 1;
+    return row_range(*spec, first, Lq, c.p.Lk).start < first_key + rows &&
+           row_range(*spec, last, Lq, c.p.Lk).stop > first_key;
+  }
+  template <class T>
+  __device__ __forceinline__ void issue(const Ring<T, KeyWalk>& ring) const {
+    const MaskedAttentionParams& p = c.p;
+    const Layout& l = c.keys;
+    const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk), D = static_cast<int>(p.D);
+    const int Dv = static_cast<int>(p.Dv);
+    if (is_first()) {
+      copy_rows(ring.rows(l.key, l.row_pitch, member), l.row_pitch, p.key, c.key_aligned, b, key_head, first_key, rows,
+                Lk, D, ring.threads);
+      copy_rows(ring.rows(l.value, l.value_pitch, member), l.value_pitch, p.value, c.value_aligned, b, key_head,
+                first_key, rows, Lk, Dv, ring.threads);
+    }
+    copy_rows(ring.chunk(l.query, l.row_pitch, ring.issued), l.row_pitch, p.query, c.query_aligned, b, h,
+              chunk * kChunk, kChunk, Lq, D, ring.threads);
+    copy_rows(ring.chunk(l.grad_out, l.value_pitch, ring.issued), l.value_pitch, p.grad_out, c.grad_out_aligned, b, h,
+              chunk * kChunk, kChunk, Lq, Dv, ring.threads);
+  }
+};
+
+// Masks, bits, lse and shift of one chunk of queries and the block's keys.
+struct KeyMasks {
+  const MaskedAttentionCall& c;
+  MaskTile multiplier, bias;
+  uint32_t *visible, *kept, *key_visible;
+  float *lse, *shift;
+  int words, visible_of = -1, kept_of = -1, keys_of = -1;
+
+  __device__ __forceinline__ KeyMasks(const MaskedAttentionCall& call, unsigned char* memory)
+      : c(call),
+        multiplier(memory, call.keys.multiplier, call.p.multiplier, call.keys.tile_pitch),
+        bias(memory, call.keys.bias, call.p.bias, call.keys.tile_pitch),
+        visible(at<uint32_t>(memory, call.keys.visible)),
+        kept(call.keys.kept < 0 ? nullptr : at<uint32_t>(memory, call.keys.kept)),
+        key_visible(at<uint32_t>(memory, call.keys.key_visible)),
+        lse(at<float>(memory, call.keys.lse)),
+        shift(at<float>(memory, call.keys.shift)),
+        words((call.keys.warps + 1) / 2) {}
+
+  __device__ __forceinline__ void load(const KeyWalk& now, const Threads& threads) {
+    const MaskedAttentionParams& p = c.p;
+    const int keys = 16 * c.keys.warps, i = now.chunk * kChunk, j = now.first_key;
+    const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk), H = static_cast<int>(p.H);
+    if (!multiplier.holds(p.multiplier, now.b, now.h, i, j))
+      multiplier.load(p.multiplier, now.b, now.h, i, kChunk, Lq, j, keys, Lk, false, threads);
+    if (!bias.holds(p.bias, now.b, now.h, i, j))
+      bias.load(p.bias, now.b, now.h, i, kChunk, Lq, j, keys, Lk, p.gate, threads);
+    const int visible_by = ((c.visible_by_b ? now.b * H : 0) + (c.visible_by_h ? now.h : 0)) * now.chunks + now.chunk;
+    if (visible_of != visible_by) {
+      load_visible(visible, c, now.b, now.h, i, kChunk, j, words, threads);
+      visible_of = visible_by;
+    }
+    if (keys_of != now.b) {
+      load_key_visible(key_visible, c, now.b, j, words, threads);
+      keys_of = now.b;
+    }
+    const int kept_by = (now.b * H + now.h) * now.chunks + now.chunk;
+    if (kept && kept_of != kept_by) {
+      load_kept(kept, c, now.b, now.h, i, kChunk, j, words, threads);
+      kept_of = kept_by;
+    }
+    for (int k = threads.id; k < kChunk; k += threads.count) {
+      const bool inside = i + k < Lq;
+      const float value = inside ? static_cast<const float*>(p.lse.data)[now.b * p.lse.stride[0] +
+                                                                         now.h * p.lse.stride[1] +
+                                                                         (i + k) * p.lse.stride[2]]
+                                 : -kInfinity;
+      lse[k] = value == -kInfinity ? kInfinity : value;  // a row that sees no key: every weight 0
+      shift[k] = inside && c.shift ? c.shift[(now.b * p.H + now.h) * p.Lq + i + k] : 0.f;
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ float lse_of(int i) const { return ptx::shared_load(lse + i); }
+  __device__ __forceinline__ float shift_of(int i) const { return ptx::shared_load(shift + i); }
+  // The lane's pairs with the 8 N queries from `first` on, as bits 4 n + e.
+  template <int N>
+  __device__ __forceinline__ uint32_t pairs_of(const uint32_t* bits, const uint32_t* keys, int first, int warp_key,
+                                               const Lane& lane) const {
+    const int word = warp_key / 32, place = warp_key % 32 + lane.row;
+    const uint32_t key_word = keys ? keys[word] : ~0u;
+    uint32_t pairs = 0;
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t column = (bits[(first + n * 8 + lane.column + e) * words + word] & key_word) >> place;
+        pairs |= (column & 1) << (4 * n + e) | (column >> 8 & 1) << (4 * n + e + 2);
+      }
+    return pairs;
+  }
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace lam

@@ -1,0 +1,160 @@
+"""What nvcc makes of the kernels, looked at without a GPU: registers, spills, shared memory, matrix
+instructions and 16-byte accesses; and that the GPU library links and loads in a torch without CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compile import ROOT, ninja, setup_py
+
+ARCHS = ("80", "90", "100")
+DTYPES = ("bf16", "f16", "f32")
+KERNELS = ("forward_kernel", "row_gradient_kernel", "key_gradient_kernel")
+WIDTHS = (64, 128)
+# two blocks of 4 warps share a processor's 64 Ki registers
+MOST_REGISTERS = 255
+
+
+def cuobjdump() -> str | None:
+    places = [Path(home, "bin") for home in [setup_py()["cuda_home"]()] if home]
+    if importlib.util.find_spec("triton"):
+        triton = Path(importlib.util.find_spec("triton").origin).parent
+        places.append(triton / "backends" / "nvidia" / "bin")
+    for place in places:
+        if (place / "cuobjdump").exists():
+            return str(place / "cuobjdump")
+    return shutil.which("cuobjdump")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """`_cuda` as setup.py builds it on a machine with a GPU, for all three architectures."""
+    setup = setup_py()
+    if setup["cuda_home"]() is None:
+        pytest.skip("nvcc was not found: kernels are not compiled for a GPU here")
+    out = ROOT / "build" / "cuda" / "machine-code"
+    text = setup["NinjaFile"](out.relative_to(ROOT))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(f"{arch[:-1]}.{arch[-1]}" for arch in ARCHS))
+        path = text.cuda(setup["gencode"]())
+    built = ninja(out, text.text())
+    assert built.returncode == 0, built.stdout[-6000:]  # a spill is an error of the compiler
+    return ROOT / path
+
+
+@pytest.fixture(scope="module")
+def tool(library) -> str:
+    found = cuobjdump()
+    if found is None:
+        pytest.skip("cuobjdump was not found: neither beside nvcc nor in triton's wheel")
+    return found
+
+
+@pytest.fixture(scope="module")
+def resources(library, tool) -> dict:
+    """(arch, dtype, kernel, width) -> {"REG": ..., "STACK": ..., ...}."""
+    found = {}
+    for dtype in DTYPES:
+        path = library.parent / "_cuda" / "gpu" / f"masked_attention_{dtype}.o"
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
+        arch = None
+        for line in text.splitlines():
+            if match := re.search(r"arch = sm_(\d+)", line):
+                arch = match[1]
+            if match := re.search(r"Function (\S+):", line):
+                name = match[1]
+            elif "REG:" in line:
+                kernel = next((k for k in KERNELS if k in name), None)
+                width = re.search(r"Li(\d+)E", name)
+                usage = {k: int(v) for k, v in re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", line)}
+                if kernel:
+                    found[arch, dtype, kernel, int(width[1])] = usage
+    return found
+
+
+def test_every_kernel_is_there(resources):
+    wanted = {(a, d, k, w) for a in ARCHS for d in DTYPES for k in KERNELS for w in WIDTHS}
+    assert set(resources) == wanted
+
+
+def test_registers_and_spills(resources):
+    for what, usage in resources.items():
+        assert usage["REG"] <= MOST_REGISTERS, (what, usage)
+        assert usage["STACK"] == 0, (what, usage)
+        assert usage["LOCAL"] == 0, (what, usage)
+
+
+@pytest.fixture(scope="module")
+def listings(library, tool) -> dict[str, str]:
+    """dtype -> the machine code of its kernels for sm_90."""
+    found = {}
+    for dtype in DTYPES:
+        path = library.parent / "_cuda" / "gpu" / f"masked_attention_{dtype}.o"
+        command = [tool, "-sass", "-arch", "sm_90", path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        found[dtype] = done.stdout
+    return found
+
+
+def functions(listing: str) -> dict[tuple[str, int], str]:
+    parts = re.split(r"Function : (\S+)", listing)
+    found = {}
+    for name, body in zip(parts[1::2], parts[2::2], strict=True):
+        kernel = next((k for k in KERNELS if k in name), None)
+        if kernel:
+            found[kernel, int(re.search(r"Li(\d+)E", name)[1])] = body
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_instructions(listings, dtype):
+    for what, body in functions(listings[dtype]).items():
+        matrix = {"bf16": r"HMMA\.16816\.F32\.BF16", "f16": r"HMMA\.16816\.F32\b", "f32": None}[
+            dtype
+        ]
+        copies = re.findall(r"LDGSTS[.\w]*", body)
+        assert copies, what
+        assert all(".128" in copy for copy in copies), (what, set(copies))
+        if matrix:
+            assert re.search(matrix, body), what
+            assert re.search(r"LDSM\.16\.M88\.4", body), what
+            assert re.search(r"LDSM\.16\.MT88\.4", body), what
+        else:
+            assert "HMMA" not in body, what  # exact fp32: no tensor core, no tf32
+            assert len(re.findall(r"\bFFMA\b", body)) > 200, what
+            assert re.search(r"LDS\.128", body), what
+        assert not re.search(r"\b(LDL|STL)\b", body), f"{what} uses local memory"
+        assert not re.search(r"\b(ATOM|RED)\b", body), f"{what} has atomics"
+
+
+def test_library_loads_without_cuda(library):
+    """Linked with the machine code of all kernels, it loads in this torch, schemas and all."""
+    code = (
+        "import sys, torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "op = torch.ops.lam_kernels.masked_attention_cuda_bwd.default\n"
+        "assert torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), 'CUDA')\n"
+        "print(op._schema)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(library)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bool[] needs" in done.stdout
+
+
+def test_kernels_see_one_plain_struct():
+    """No torch, no runtime API outside of the two files that talk to the device."""
+    for path in (ROOT / "csrc" / "cuda").iterdir():
+        text = path.read_text()
+        if path.name != "ptx.cuh":
+            assert "asm" not in re.findall(r"\basm\b", text), f"{path.name} has inline PTX"
+        if path.name not in ("launch.cuh", "device.cu", "ptx.cuh"):
+            assert not re.search(r"\bcuda[A-Z]\w+\(", text), f"{path.name} calls the runtime"
