@@ -137,13 +137,15 @@ def main() -> None:
     parser.add_argument("--arch", type=int, required=True, help="80, 90, 100")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="only this one")
     parser.add_argument("--kernel", help="only this one")
+    parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
     parser.add_argument("--entry", type=int, nargs=4, help="this instead of the table's entries")
     given = parser.parse_args()
     driver.set_active(AbsentGPU(given.arch))
     torch.set_num_threads(1)
     print(json.dumps({"kernels": len(list(table_entries(given.arch)))}), flush=True)
     for kernel, entry, width, head_dim in table_entries(given.arch):
-        if given.head_dim not in (None, head_dim) or given.kernel not in (None, kernel):
+        asked = ((given.head_dim, head_dim), (given.kernel, kernel), (given.width, width))
+        if any(one not in (None, has) for one, has in asked):
             continue
         if given.entry:
             entry = Configuration(*given.entry)

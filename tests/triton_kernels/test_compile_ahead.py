@@ -102,7 +102,19 @@ def test_installed_triton_compiles_all_kernels():
 
 
 def test_a_tile_too_large_is_found():
-    planted = ("--head-dim", "256", "--kernel", "rows", "--entry", "128", "128", "4", "2")
+    planted = (
+        "--head-dim",
+        "256",
+        "--kernel",
+        "rows",
+        "--width",
+        "2",
+        "--entry",
+        "128",
+        "64",
+        "4",
+        "2",
+    )
     records = compile_ahead("", "--arch", "80", *planted)
     text = "\n".join(fault for record in records for fault in faults(record))
     assert "bytes of stack" in text
