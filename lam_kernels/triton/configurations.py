@@ -71,9 +71,16 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 256): (_C(32, 32, 4, 1),),
     },
 }
+# The same for chips without products of warp groups (8.x, 12.x), whose operands take registers:
+# where the entries above would keep more of them on the stack than the budget allows.
+AMPERE: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
+    ("columns", 2, 32): (_C(32, 64, 8, 2),),
+    ("columns", 2, 64): (_C(32, 64, 8, 2),),
+}
 # (bytes an element, head dim) -> the longest head that one tile takes, and the warps; wider heads
 # fit in none
 SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (2, 128): (64, 4), (4, 32): (64, 8), (4, 64): (32, 4)}
+AMPERE_SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (4, 32): (32, 4), (4, 64): (32, 4)}
 _INTERPRETED_SHORT = 32
 
 # bytes of shared memory that one program may use, by compute capability (CUDA programming guide)
@@ -96,12 +103,22 @@ class Problem(NamedTuple):
     Lq: int
     Lk: int
     pairs: int  # heads of all samples
+    ampere: bool = False  # of the device
 
 
 def entries(problem: Problem) -> tuple[Configuration, ...]:
     """What the table has for a problem."""
     step = next(step for step in HEAD_DIMS if problem.head_dim <= step)
-    return TABLE[problem.kernel][problem.width, step]
+    usual = TABLE[problem.kernel][problem.width, step]
+    if problem.ampere:
+        return AMPERE.get((problem.kernel, problem.width, step), usual)
+    return usual
+
+
+@functools.cache
+def ampere(device: torch.device) -> bool:
+    """Without products of warp groups."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
 def choose(problem: Problem, device: torch.device) -> Configuration:
@@ -155,12 +172,12 @@ def short(device: torch.device, width: int, head_dim: int) -> tuple[int, int]:
     if device.type == "cpu":
         return _INTERPRETED_SHORT, 4
     step = next(step for step in HEAD_DIMS if head_dim <= step)
-    return SHORT.get((width, step), (0, 0))
+    return (AMPERE_SHORT if ampere(device) else SHORT).get((width, step), (0, 0))
 
 
 def chunk(width: int) -> int:
     """How much of the head dim the tiles pass multiplies at a time."""
-    return 64 if width == 4 else HEAD_DIMS[-1]
+    return 64 if width == 4 else 128
 
 
 def splits(

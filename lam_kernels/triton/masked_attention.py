@@ -109,7 +109,7 @@ class _Call(NamedTuple):
         """Launches a kernel with what the rule of cost, or a measurement, picks from the table."""
         problem = configurations.Problem(
             kernel, self.query.element_size(), max(self.D, self.Dv), self.Lq, self.Lk,
-            self.B * self.H,
+            self.B * self.H, configurations.ampere(self.query.device),
         )  # fmt: skip
         device = self.query.device
         if autotune.enabled():

@@ -30,7 +30,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from lam_kernels.triton import configurations, masked_attention
-from lam_kernels.triton.configurations import HEAD_DIMS, SHORT, TABLE, Configuration
+from lam_kernels.triton.configurations import (
+    AMPERE_SHORT,
+    HEAD_DIMS,
+    SHORT,
+    TABLE,
+    Configuration,
+)
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async")
@@ -113,13 +119,15 @@ def call(L: int, D: int, dtype: torch.dtype) -> None:
     )
 
 
-def table_entries() -> Iterator[tuple[str, Configuration, int, int]]:
-    """(kernel, entry, width, head dim) of everything that may be chosen."""
+def table_entries(arch: int) -> Iterator[tuple[str, Configuration, int, int]]:
+    """(kernel, entry, width, head dim) of everything that may be chosen on an architecture."""
+    ampere = arch not in (90, 100)
     for kernel, rows in TABLE.items():
-        for (width, head_dim), entries in rows.items():
-            for entry in entries:
+        for width, head_dim in rows:
+            sizes = configurations.Problem(kernel, width, head_dim, LONG, LONG, 8, ampere)
+            for entry in configurations.entries(sizes):
                 yield kernel, entry, width, head_dim
-    for (width, head_dim), (length, warps) in SHORT.items():
+    for (width, head_dim), (length, warps) in (AMPERE_SHORT if ampere else SHORT).items():
         for kernel in ("short_forward", "short_backward"):
             yield kernel, Configuration(length, length, warps, 1), width, head_dim
 
@@ -129,12 +137,15 @@ def main() -> None:
     parser.add_argument("--arch", type=int, required=True, help="80, 90, 100")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="only this one")
     parser.add_argument("--kernel", help="only this one")
+    parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
     parser.add_argument("--entry", type=int, nargs=4, help="this instead of the table's entries")
     given = parser.parse_args()
     driver.set_active(AbsentGPU(given.arch))
     torch.set_num_threads(1)
-    for kernel, entry, width, head_dim in table_entries():
-        if given.head_dim not in (None, head_dim) or given.kernel not in (None, kernel):
+    print(json.dumps({"kernels": len(list(table_entries(given.arch)))}), flush=True)
+    for kernel, entry, width, head_dim in table_entries(given.arch):
+        asked = ((given.head_dim, head_dim), (given.kernel, kernel), (given.width, width))
+        if any(one not in (None, has) for one, has in asked):
             continue
         if given.entry:
             entry = Configuration(*given.entry)

@@ -8,7 +8,7 @@ import torch
 from problems import check
 
 from lam_kernels.triton import configurations
-from lam_kernels.triton.configurations import SHORT, TABLE, Configuration
+from lam_kernels.triton.configurations import AMPERE, SHORT, TABLE, Configuration
 from python_ref.inputs import Problem
 
 pytestmark = pytest.mark.backend("triton")
@@ -31,7 +31,7 @@ ENTRIES = [
     )
     for kernel, rows in TABLE.items()
     for (width, head_dim), entries in rows.items()
-    for entry in entries
+    for entry in dict.fromkeys((*entries, *AMPERE.get((kernel, width, head_dim), ())))
 ]
 
 
