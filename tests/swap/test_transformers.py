@@ -42,7 +42,7 @@ def compared(name, **options):
 @by_name
 def test_same_outputs_and_gradients_in_training(name, spy):
     model, inputs, same, options = compared(name)
-    report = swap(model, strict=name != "detr")
+    report = swap(model, strict=True)
     assert len(report.changed) == TINY[name].modules
     with spy() as seen:
         same(run(model, inputs, **options))
