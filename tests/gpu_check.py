@@ -58,6 +58,13 @@ def _pytest(*arguments: str) -> list[str]:
 
 STAGES = (
     Stage(
+        "ptx",
+        "each PTX instruction of the CUDA kernels against its emulation, bit for bit",
+        _pytest("tests/cuda/test_conformance.py"),
+        5,
+        tool="nvcc",
+    ),
+    Stage(
         "first",
         "forward and gradients of every case against float64, bfloat16",
         _pytest(f"{MASKED}.py", "-k", "triton and test_case and bfloat16"),
@@ -68,6 +75,13 @@ STAGES = (
         "CUDA graphs, streams, 200 bitwise repeats, torch.compile, no host wait, memory",
         _pytest("tests/triton_kernels/test_cuda.py"),
         9,
+    ),
+    Stage(
+        "cuda kernels",
+        "every case by backend cuda against float64, bfloat16, float16, float32",
+        _pytest("tests/cuda/test_masked_attention_gpu.py"),
+        9.5,
+        tool="nvcc",
     ),
     Stage(
         "configurations",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lam_kernels.ops._backends import Kernels, Service
+from lam_kernels.ops._backends import Kernels
 from lam_kernels.triton import availability
 
 OPS = Path(__file__).resolve().parent.parent / "lam_kernels" / "ops"
@@ -35,7 +35,7 @@ def moved(value, device: str):
     return empty.set_(there, value.storage_offset(), value.shape, value.stride())
 
 
-def _through(kernel, device: str):
+def through(kernel, device: str):
     def run(*arguments):
         if arguments[0].device.type == device:
             return kernel(*arguments)
@@ -52,9 +52,9 @@ def serve_cpu_tensors(device: str = "cuda") -> None:
         services = getattr(page, "KERNELS", None)
         if services is None or "triton" not in services.table:
             continue
-        load, limits = services.table["triton"]
+        service = services.table["triton"]
 
-        def loaded(load=load):
-            return Kernels(*(_through(kernel, device) for kernel in load()))
+        def loaded(load=service.load):
+            return Kernels(*(through(kernel, device) for kernel in load()))
 
-        services.table["triton"] = Service(loaded, limits)
+        services.table["triton"] = service._replace(load=loaded)

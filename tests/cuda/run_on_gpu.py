@@ -14,7 +14,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "ops")]
 
-import torch  # noqa: E402
+from on_gpu import through  # noqa: E402
 from problems import check  # noqa: E402
 from test_masked_attention import CASES  # noqa: E402
 
@@ -25,29 +25,12 @@ from lam_kernels.ops.masked_attention import KERNELS  # noqa: E402
 DEVICE = "cpu" if _cuda.emulated() else "cuda"
 
 
-def moved(value):
-    """On the GPU under the same strides; the random state stays, the host reads it."""
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved(one) for one in value)
-    if not isinstance(value, torch.Tensor) or value.shape == (2,):
-        return value
-    storage = value.detach().untyped_storage()
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
-    copy = whole.to(DEVICE, copy=True).untyped_storage()
-    there = torch.empty(0, dtype=value.dtype, device=DEVICE)
-    return there.set_(copy, value.storage_offset(), value.shape, value.stride())
-
-
-def through(kernel):
-    return lambda *arguments: tuple(result.cpu() for result in kernel(*moved(arguments)))
-
-
 def main() -> int:
     if why_not := _cuda.unavailable():
         print(f"not run: {why_not}")
         return 2
     service = KERNELS.table["cuda"]
-    kernels = Kernels(*(through(kernel) for kernel in service.load()))
+    kernels = Kernels(*(through(kernel, DEVICE) for kernel in service.load()))
     KERNELS.table["cuda"] = service._replace(load=lambda: kernels)
     _cuda.refuses = lambda device: ""  # CPU tensors too: they are moved on the way
     failures = 0

@@ -84,8 +84,8 @@ def test_without_gpu_and_emulation_backends_says_why():
 def on_gpu(monkeypatch):
     """The choice for CUDA tensors, as a machine with both GPU backends would make it."""
     monkeypatch.setattr(_backends, "unavailable", lambda name: "")
-    monkeypatch.setattr(_backends._cuda, "device", lambda: "cuda")
-    monkeypatch.setattr(_backends.availability, "device_type", lambda: "cuda")
+    monkeypatch.setattr(_backends._cuda, "refuses", lambda device: "")
+    monkeypatch.setattr(_backends.availability, "refuses", lambda device: "")
     service = _backends.Service(lambda: None)
     monkeypatch.setitem(KERNELS.table, "triton", service)
     monkeypatch.setattr(_cuda, "_gpu", lambda index: "Some GPU")
