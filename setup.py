@@ -60,8 +60,13 @@ if platform.machine() == "x86_64":
     }
 
 # Files that are compiled once for each level, with LAM_LEVEL defined as its name.
-LEVEL_SOURCES = ["csrc/cpu/global_local_attention.cpp", "csrc/cpu/map_gated_attention.cpp"]
-BINDINGS = ["masked_attention", "global_local_attention", "map_gated_attention"]
+BINDINGS = [
+    "masked_attention",
+    "global_local_attention",
+    "map_gated_attention",
+    "score_masked_attention",
+]
+LEVEL_SOURCES = [f"csrc/cpu/{name}.cpp" for name in BINDINGS[1:]]
 
 
 def package_dir(name):

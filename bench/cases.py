@@ -6,7 +6,8 @@ overview    what `make bench` measures in five minutes: time and memory over the
             workloads, local patterns
 workloads   W1 to W22 (workloads.py)
 foundation  the held targets of the first milestone: every row of its table, every sentence below
-low-rank    a mask by its factors against the dense one
+low-rank    masks that are never stored (never_stored.py): by their factors, by a network of the
+            scores; low-rank-long: one that is too long to store
 windows     window attention at the sizes of Swin and HTS-AT
 lengths     time and memory over L, finer and with more peers than the overview
 two-maps    the targets of global and local attention together (two_map_cases.py)
@@ -19,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+from . import never_stored
 from .workloads import WORKLOADS
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -69,6 +71,7 @@ SECTIONS = {
     "workloads": "Attention calls of real models",
     "patterns": "Local patterns",
     "low rank": "Masks that are never stored",
+    "score": "The mask as a network of the scores, inside the kernel",
     "low rank memory": "Masks that are never stored: peak extra memory",
     "windows": "Many windows in one call",
     "given": "Problems given on the command line",
@@ -291,7 +294,7 @@ def _low_rank() -> list[Case]:
     for L, of_dense, of_compile, mib in ((1024, 1.0, 0.4, 16.0), (4096, 0.9, 0.4, 60.0)):
         problem = _shape(1, 8, L, multiplier="rank 64: 11 11 11")
         goals = (Goal(of_dense, ("ours_dense",)), Goal(of_compile, ("compile",)))
-        peers = ("ours_dense", "compile")
+        peers = ("ours_dense", "ours_product", "compile")
         cases += [
             Case(f"rank64-L{L}", "low rank", problem, peers, goals, sets=("low-rank",)),
             Case(f"rank64-peak-L{L}", "low rank memory", problem, peers, (Goal(mib),),
@@ -397,12 +400,12 @@ CASES = {
     case.name: case
     for case in (
         *_lengths(), *_workloads(), *_patterns(), *_low_rank(), *_windows(), *_foundation(),
-        *_two_maps(), *_gpu(), *_smoke(),
+        *_two_maps(), *never_stored.cases(Case, Goal), *_gpu(), *_smoke(),
     )
 }  # fmt: skip
 SETS = (
-    "overview", "workloads", "lengths", "foundation", "low-rank", "windows", "two-maps", "gpu",
-    "smoke",
+    "overview", "workloads", "lengths", "foundation", "low-rank", "low-rank-long", "windows",
+    "two-maps", "gpu", "smoke",
 )  # fmt: skip
 
 

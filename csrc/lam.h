@@ -99,4 +99,18 @@ struct MapGatedAttentionParams : MaskedAttentionParams {
 };
 using MapGatedAttentionKernel = int (*)(const MapGatedAttentionParams&);
 
+constexpr int64_t kMaxScoreLayers = 64;
+
+// Cross-attention LAM: the mask is a network of the score row. Of the base are used: sizes with H == Hkv and Lk <= 128,
+// scale, query, key, value, key_mask, out, grad_out, grad_query, grad_key, grad_value and the threads.
+struct ScoreMaskedAttentionParams : MaskedAttentionParams {
+  bool multiply;           // the mask multiplies the scores, else it is added
+  bool mean;               // the network reads the mean of the heads' scores, else those of each
+  int64_t layers;          // 1 to kMaxScoreLayers
+  const int64_t* widths;   // layers + 1: Lk, hidden ..., Lk
+  const void* parameters;  // of each layer weight [in, out] and bias [out], fp32, or fp64 for fp64 input
+  void* grad_parameters;   // the same; null when not wanted
+};
+using ScoreMaskedAttentionKernel = int (*)(const ScoreMaskedAttentionParams&);
+
 }  // namespace lam

@@ -9,6 +9,7 @@ from .ops import (
     lam_attention,
     map_gated_attention,
     masked_attention,
+    score_masked_attention,
     window_attention,
 )
 from .patterns import BlockDiagonal, Causal, DilatedToeplitz, Segments, Toeplitz
@@ -27,5 +28,6 @@ __all__ = [
     "lam_attention",
     "map_gated_attention",
     "masked_attention",
+    "score_masked_attention",
     "window_attention",
 ]

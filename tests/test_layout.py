@@ -21,6 +21,7 @@ OPS = {
     "window_attention": "masked_attention",
     "global_local_attention": "global_local_attention",
     "map_gated_attention": "map_gated_attention",
+    "score_masked_attention": "score_masked_attention",
 }
 NOT_OPS = {"backends", "explain"}
 

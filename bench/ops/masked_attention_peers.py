@@ -58,6 +58,16 @@ def ours(operands: Operands, backend: str) -> Attention:
     return call
 
 
+def ours_product(operands: Operands, backend: str) -> Attention:
+    """Ours on the stored mask that a LowRankMask stands for, made and differentiated by torch."""
+    call = ours(operands, backend)
+
+    def stored(query, key, value, multiplier, bias):
+        return call(query, key, value, dense_mask(multiplier), dense_mask(bias))
+
+    return stored
+
+
 def eager(operands: Operands, backend: str = "") -> Attention:
     """The formula as one writes it, the [B,H,Lq,Lk] scores in memory."""
     scale, hidden = _scale(operands), _hidden(operands)
@@ -471,6 +481,7 @@ PEERS: dict[str, Peer] = {
     **with_compiled("strided64", "dilated: blocks64 within each residue class", strided(64)),
     **with_compiled("reshaped", "block-diagonal as a batch of small dense problems", reshaped),
     "reshaped_sdpa": Peer("the same batch through scaled_dot_product_attention", reshaped_sdpa),
+    "ours_product": Peer("ours on M = rows columns^T, the product by torch", ours_product),
     "ours_dense": Peer("ours with a dense mask instead of its factors", ours, _with_dense_mask,
                        "dense mask"),
     "ours_d32": Peer("ours with D 32", ours, {"D": 32}, "D 32"),

@@ -18,7 +18,9 @@ namespace lam {
   int global_local_attention_fwd_##level(const GlobalLocalAttentionParams& p);  \
   int global_local_attention_bwd_##level(const GlobalLocalAttentionParams& p);  \
   int map_gated_attention_fwd_##level(const MapGatedAttentionParams& p);        \
-  int map_gated_attention_bwd_##level(const MapGatedAttentionParams& p);
+  int map_gated_attention_bwd_##level(const MapGatedAttentionParams& p);        \
+  int score_masked_attention_fwd_##level(const ScoreMaskedAttentionParams& p);  \
+  int score_masked_attention_bwd_##level(const ScoreMaskedAttentionParams& p);
 LAM_KERNELS(portable)
 #ifdef __x86_64__
 LAM_KERNELS(avx2)
@@ -36,7 +38,8 @@ constexpr unsigned kHalfAndSingle = bit(DType::f32) | bit(DType::bf16) | bit(DTy
 // Indexed by Level. A level that this build does not have serves nothing.
 #define LAM_ROW(dtypes, level)                                                                          \
   {dtypes, masked_attention_fwd_##level, masked_attention_bwd_##level, global_local_attention_fwd_##level, \
-   global_local_attention_bwd_##level, map_gated_attention_fwd_##level, map_gated_attention_bwd_##level}
+   global_local_attention_bwd_##level, map_gated_attention_fwd_##level, map_gated_attention_bwd_##level,   \
+   score_masked_attention_fwd_##level, score_masked_attention_bwd_##level}
 constexpr LevelKernels kKernels[kLevels] = {
     LAM_ROW(kHalfAndSingle | bit(DType::f64), portable),
 #ifdef __x86_64__

@@ -28,6 +28,7 @@ struct LevelKernels {
   MaskedAttentionKernel masked_attention_fwd, masked_attention_bwd;
   GlobalLocalAttentionKernel global_local_attention_fwd, global_local_attention_bwd;
   MapGatedAttentionKernel map_gated_attention_fwd, map_gated_attention_bwd;
+  ScoreMaskedAttentionKernel score_masked_attention_fwd, score_masked_attention_bwd;
 };
 
 // The kernels of `level` (default: the active one) for tensors of this type; a level without them uses the next below.

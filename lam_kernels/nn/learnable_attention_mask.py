@@ -218,6 +218,28 @@ class LearnableAttentionMask(nn.Module):
         slower = flops / cost.flops_per_s > moved / cost.bytes_per_s
         return "dense" if stays_in_cache or slower else "low_rank"
 
+    def network(self, length: int) -> tuple[list[Tensor], list[Tensor]]:
+        """(weights, biases) as score_masked_attention takes them, for rows of `length` scores.
+
+        For a generator of max_len scores: views of the parameters, the weights transposed, the
+        first one's rows and the last one's columns cut to `length`.
+        """
+        if self.in_features != self.max_len or self.heads != 1:
+            raise ValueError(
+                "only a generator from max_len scores to one mask of max_len values reads scores, "
+                f"got in_features {self.in_features}, max_len {self.max_len}, heads {self.heads}"
+            )
+        if length > self.max_len:
+            raise ValueError(
+                f"memory has {length} positions, but this mask was built with "
+                f"max_len={self.max_len}: its columns are key positions, so there is none beyond"
+            )
+        weights = [layer.weight.T for layer in self.layers]
+        biases = [layer.bias for layer in self.layers]
+        weights[0] = weights[0][:length]
+        weights[-1], biases[-1] = weights[-1][:, :length], biases[-1][:length]
+        return weights, biases
+
     def forward(
         self,
         tokens: Tensor,  # [B, L, in_features]

@@ -30,6 +30,7 @@ class _Form(NamedTuple):
     learned: int  # how many tensors get a gradient
     results: int
     saves_results: bool  # whether the backward pass reads the results and what is kept with them
+    segments: bool  # whether the op has segment ids
 
 
 # Found by name: what a compiler traces may refer to a module's dictionary, not to a closure.
@@ -37,14 +38,14 @@ _FORMS: dict[str, _Form] = {}
 
 
 def differentiable(
-    op: RegisteredOp, *, learned: int, results: int, saves_results: bool
+    op: RegisteredOp, *, learned: int, results: int, saves_results: bool, segments: bool = True
 ) -> Callable[[Sequence, Sequence, Sequence, Sequence, str], tuple[Tensor, ...]]:
     """call(learned, unlearned, segment_ids, settings, backend) -> results, with autograd.
 
-    `learned` and `results` are how many there are. A result that no loss uses costs a tensor of
-    zeros in the backward pass.
+    `learned` and `results` are how many there are; segments=False: the op takes no segment ids. A
+    result that no loss uses costs a tensor of zeros in the backward pass.
     """
-    _FORMS[op.name] = _Form(op, learned, results, saves_results)
+    _FORMS[op.name] = _Form(op, learned, results, saves_results, segments)
 
     def call(tensors, unlearned, segment_ids, settings, backend):
         counts = (len(tensors), len(unlearned), len(segment_ids))
@@ -73,7 +74,8 @@ class _Forward(torch.autograd.Function):
     def forward(plan, *tensors):
         name, counts, settings, backend = plan
         learned, unlearned, segment_ids = _cut(tensors, counts)
-        arguments = (*learned, *unlearned, list(segment_ids), *settings)
+        lists = (list(segment_ids),) if _FORMS[name].segments else ()
+        arguments = (*learned, *unlearned, *lists, *settings)
         if unobserved(*tensors):
             found = _FORMS[name].op.services.kernels(backend).forward(*arguments)
         else:
@@ -131,9 +133,8 @@ class _Backward(torch.autograd.Function):
     def forward(plan, *tensors):
         name, counts, settings, needs, backend = plan
         grads, learned, unlearned, segment_ids, saved = _cut(tensors, counts)
-        arguments = (
-            *grads, *learned, *unlearned, list(segment_ids), *saved, *settings, list(needs),
-        )  # fmt: skip
+        lists = (list(segment_ids),) if _FORMS[name].segments else ()
+        arguments = (*grads, *learned, *unlearned, *lists, *saved, *settings, list(needs))
         if unobserved(*tensors):
             return tuple(_FORMS[name].op.services.kernels(backend).backward(*arguments))
         return tuple(_FORMS[name].op.backward(*arguments, backend))
