@@ -51,11 +51,10 @@ def compile_ahead(version: str, *arguments: str) -> list[dict]:
 
 
 def meant_instruction(record: dict) -> str:
-    """float32 operands are three tf32 products; warp groups of four warps and 64 rows have an
-    instruction of their own from sm_90 on."""
+    """Warp groups, four warps and 64 rows, have an instruction of their own from sm_90 on."""
     block_m, block_n, warps, _ = record["entry"]
     rows = block_n if record["kernel"] == "columns" else block_m
-    if record["arch"] == 80 or record["width"] == 4 or rows < 64 or warps < 4:
+    if record["arch"] == 80 or rows < 64 or warps < 4:
         return "mma.sync"
     return "wgmma.mma_async" if record["arch"] == 90 else "tcgen05.mma"
 
