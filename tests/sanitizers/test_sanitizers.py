@@ -46,6 +46,10 @@ def driver():
     base = flags_of("portable")
     runnable = [level for level in LEVELS if level in _native.available_levels()]
     units = {level: (source_of(level), flags_of(level)) for level in runnable}
+    for level in runnable:  # files that are compiled once for each level
+        for op in ("global_local_attention", "map_gated_attention"):
+            flags = f"{flags_of(level)} -DLAM_LEVEL={level}"
+            units[f"{op}_{level}"] = (f"csrc/cpu/{op}.cpp", flags)
     units |= {
         "levels": ("csrc/cpu/levels.cpp", base),
         "cached_scratch": ("csrc/cpu/scratch.cpp", f"{base} {rename}"),
