@@ -123,21 +123,21 @@ class Drawn:
         return {name: found[name] for name in ("out", *self.leaves)}
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 @one_thread
 def expected_of(case: Case) -> dict[str, Tensor]:
     drawn = Drawn(case).double()
     return drawn.with_gradients(drawn.call(reference.score_masked_attention))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 @one_thread
 def same_dtype_of(case: Case) -> dict[str, Tensor]:
     drawn = Drawn(case)
     return drawn.with_gradients(drawn.call(reference.score_masked_attention, upcast=False))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 @one_thread
 def floors_of(case: Case):
     drawn = Drawn(case).double()

@@ -68,8 +68,9 @@ class Cost(NamedTuple):
     cache_bytes: int
 
 
-# `python -m bench run --set low-rank` measures where the two forms meet
-COST = {"cpu": Cost(flops_per_s=150e9, bytes_per_s=20e9, cache_bytes=8 * 2**20)}
+# The rates of a product and of a copy that every bench run prints, of two cores with AVX-512.
+# `python -m bench run --set low-rank` measures where the two forms meet.
+COST = {"cpu": Cost(flops_per_s=200e9, bytes_per_s=20e9, cache_bytes=8 * 2**20)}
 
 
 class LearnableAttentionMask(nn.Module):
@@ -200,7 +201,7 @@ class LearnableAttentionMask(nn.Module):
         With mask_form "auto" the form that costs less on the tokens' device, where M has
         n = B * heads * L^2 elements of s bytes:
 
-            dense      4 n s bytes more: M and its gradient, each written and read at least once
+            dense      6 n s bytes more: M and its gradient are each written once and read twice
             low_rank   2 n rank FLOPs more: M is built once more, in the backward pass
 
         low_rank when its FLOPs take less time than those bytes, at the rates in COST, and M and its
@@ -213,7 +214,7 @@ class LearnableAttentionMask(nn.Module):
             return "dense"
         elements = tokens.shape[0] * self.heads * tokens.shape[1] ** 2
         item = self.layers[-1].weight.element_size()
-        moved, flops = 4 * elements * item, 2 * elements * self.rank
+        moved, flops = 6 * elements * item, 2 * elements * self.rank
         stays_in_cache = 2 * elements * item <= cost.cache_bytes
         slower = flops / cost.flops_per_s > moved / cost.bytes_per_s
         return "dense" if stays_in_cache or slower else "low_rank"

@@ -45,16 +45,16 @@ def network_widths(
             _checks.check_device(name, tensor, query)
         if at == 0 and depth > 1:
             hidden = weight.shape[1]
+            if hidden == 0:
+                raise ValueError("weights[0] must have at least 1 column, got 0")
         expected = (Lk if at == 0 else hidden, Lk if at == depth - 1 else hidden)
-        if tuple(weight.shape) != expected or 0 in expected[:1] * (at > 0):
+        if tuple(weight.shape) != expected:
             raise ValueError(
                 f"weights[{at}] must be {list(expected)} for {Lk} keys, "
                 f"got {list(weight.shape)}; a generator of more keys is sliced to the first {Lk}"
             )
         if bias.shape[0] != expected[1]:
             raise ValueError(f"biases[{at}] must be [{expected[1]}], got {list(bias.shape)}")
-    if hidden == 0:
-        raise ValueError("weights[0] must have at least 1 column, got 0")
     return (Lk, *[hidden] * (depth - 1), Lk)
 
 

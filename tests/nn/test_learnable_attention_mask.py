@@ -188,8 +188,8 @@ def test_auto_follows_its_cost_rule(monkeypatch):
     """low_rank where bytes cost more than FLOPs, dense in cache, without a rank, elsewhere."""
     cost = Cost(flops_per_s=100.0, bytes_per_s=10.0, cache_bytes=1000)
     monkeypatch.setitem(COST, "cpu", cost)
-    # per element of M: 4 x 4 bytes take 1.6 s, 2 x rank FLOPs rank / 50 s
-    for rank, length, expected in ((79, 20, "low_rank"), (81, 20, "dense"), (1, 11, "dense")):
+    # per element of M: 6 x 4 bytes take 2.4 s, 2 x rank FLOPs rank / 50 s
+    for rank, length, expected in ((119, 20, "low_rank"), (121, 20, "dense"), (1, 11, "dense")):
         lam = LearnableAttentionMask(rank, 20, dtype=torch.float32)
         tokens = torch.randn(1, length, rank, dtype=torch.float32)
         assert lam.form(tokens) == expected, rank
