@@ -951,7 +951,7 @@ def test_without_the_library_the_call_says_so(monkeypatch):
     monkeypatch.setattr(_backends, "_settled", {})
     assert lam_kernels.backends()["cpu"] == "not built: run make build"
     query, key, value, _, _ = operands()
-    with pytest.raises(RuntimeError, match=r'"cpu": not built: run make build.*"cuda": '):
+    with pytest.raises(RuntimeError, match='"cpu": not built: run make build'):
         masked_attention(query, key, value, enable_gqa=True)
     with pytest.raises(RuntimeError, match='backend="cpu" cannot serve this call: not built'):
         masked_attention(query, key, value, enable_gqa=True, backend="cpu")
