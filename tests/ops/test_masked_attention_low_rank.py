@@ -256,7 +256,10 @@ def test_batch_mates(backend):
     assert_accurate(mixed, p)
 
 
-@pytest.mark.parametrize("first", range(0, 160, 20))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(n, marks=[pytest.mark.full] if n >= 60 else []) for n in range(0, 400, 20)],
+)
 def test_random_problems(first, backend):
     count = 20 if backend != "reference" else 4
     failures = []

@@ -74,7 +74,10 @@ def test_network_has_its_own_dtype(backend):
             assert_accurate(result, one)
 
 
-@pytest.mark.parametrize("first", range(0, 60, 20))
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(n, marks=[pytest.mark.full] if n else []) for n in range(0, 120, 20)],
+)
 def test_random_cases(first, backend):
     failures = []
     for seed in range(first, first + (20 if backend != "reference" else 4)):

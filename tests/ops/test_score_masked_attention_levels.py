@@ -26,9 +26,9 @@ def main(level: str) -> None:
     """Runs in the subprocess: prints a line for each case that fails."""
     if _native.level() != level:
         print(f"asked for {level}, runs {_native.level()}")
-    dtypes = ("bfloat16",) if level.startswith("amx") else ("float32", "bfloat16", "float16")
+    dtypes = ("bfloat16",) if level.startswith("amx") else ("float32", "bfloat16")
     cases = [one.but(dtype=dtype) for one in FIXED for dtype in dtypes]
-    cases += [random_case(10_000 + n, dtypes[0]) for n in range(6)]
+    cases += [random_case(10_000 + n, dtypes[0]) for n in range(2)]
     for one in cases:
         try:
             check(one, "cpu")
