@@ -160,6 +160,12 @@ def test_no_junk_drawers():
         assert path.stem not in ("utils", "util", "common", "helpers", "misc"), path
 
 
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by name alone: the second one would not be collected."""
+    names = [path.name for path in tracked("tests/*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), [n for n in set(names) if names.count(n) > 1]
+
+
 def test_no_machine_in_tracked_files():
     """No absolute path of somebody's machine, and nothing that only one machine can find."""
     places = re.compile(r"(?<![\w.])/(?:home|root|Users|mnt|work|opt|tmp)/\w+")
