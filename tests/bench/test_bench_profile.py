@@ -106,10 +106,10 @@ def test_time_in_which_nothing_runs_is_a_gap():
 
     def step():
         x @ x
-        time.sleep(0.01)
+        time.sleep(0.05)
 
     found = profiled("idle", Subject(step), steps=2, device="cpu", trace=None)
-    assert found.parts_ms["gaps"] > 8
+    assert found.parts_ms["gaps"] > 0.6 * found.wall_ms
     assert found.wall_ms == pytest.approx(sum(found.parts_ms.values()), rel=0.3)
 
 
