@@ -7,7 +7,7 @@ overview    what `make bench` measures in five minutes: time and memory over the
 workloads   W1 to W22 (workloads.py)
 foundation  the held targets of the first milestone: every row of its table, every sentence below
 low-rank    masks that are never stored (never_stored.py): by their factors, by a network of the
-            scores; low-rank-long: one that is too long to store
+            scores
 windows     window attention at the sizes of Swin and HTS-AT
 lengths     time and memory over L, finer and with more peers than the overview
 two-maps    the targets of global and local attention together (two_map_cases.py)
@@ -404,7 +404,7 @@ CASES = {
     )
 }  # fmt: skip
 SETS = (
-    "overview", "workloads", "lengths", "foundation", "low-rank", "low-rank-long", "windows",
+    "overview", "workloads", "lengths", "foundation", "low-rank", "windows",
     "two-maps", "gpu", "smoke",
 )  # fmt: skip
 

@@ -1,5 +1,5 @@
 """Cases of masks that are never stored, beside those of cases.py: where the two forms of a mask
-cost the same, a mask too long to store, and the network of the scores inside the kernel.
+cost the same, and the network of the scores inside the kernel.
 
 The goals are those of a CPU with 2 threads. LearnableAttentionMask.form decides by the first.
 """
@@ -16,10 +16,7 @@ def _shape(B: int, H: int, L: int, rank: int) -> dict:
 
 def cases(Case, Goal) -> list:
     sets, single = ("low-rank",), ("fp32",)
-    found = [
-        Case("rank64-peak-L32768", "low rank memory", _shape(1, 8, 32768, 64), (),
-             (Goal(600e6 / 2**20),), single, measure="memory", sets=("low-rank-long",)),
-    ]  # fmt: skip
+    found = []
     for B, H, L in ((8, 12, 197), (4, 8, 512), (1, 8, 1024)):
         for rank in (16, 128, 256):
             shape, peers = _shape(B, H, L, rank), ("ours_product",)
