@@ -56,6 +56,23 @@ def _pytest(*arguments: str) -> list[str]:
     ]
 
 
+def _bench(cases: str) -> list[str]:
+    """One line a measurement, under bench/results."""
+    return [
+        PYTHON,
+        "-m",
+        "bench",
+        "run",
+        "--set",
+        "gpu",
+        "--device",
+        "cuda",
+        "--graph",
+        "--case",
+        cases,
+    ]
+
+
 STAGES = (
     Stage(
         "ptx",
@@ -125,6 +142,10 @@ STAGES = (
         _pytest(f"{MASKED}_determinism.py", "-k", "triton"),
         9.5,
     ),
+    Stage("bench-shared", "broadcast masks against every peer", _bench("gpu-shared*"), 9.5),
+    Stage("bench-each", "a dense mask a head against every peer", _bench("gpu-each*"), 9.5),
+    Stage("bench-patterns", "block, band and dilated patterns", _bench("gpu-[bd]*"), 9.5),
+    Stage("bench-models", "short calls of real models", _bench("gpu-W*"), 9.5),
     Stage(
         "memcheck",
         "compute-sanitizer memcheck on one case each way",
