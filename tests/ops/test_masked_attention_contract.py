@@ -880,7 +880,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals(case):
+def test_refusals(case, monkeypatch):
+    monkeypatch.setattr("lam_kernels.ops._cuda.unavailable", lambda: "not here")
     keywords, error, words = REFUSED[case]
     query, key, value, _, _ = operands(requires_grad=False)
     arguments = {"query": query, "key": key, "value": value}

@@ -96,7 +96,8 @@ def test_what_is_left_is_counted_with_its_reason():
     assert "head dim 300" in text
 
 
-def test_a_named_backend_never_falls_back():
+def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr("lam_kernels.ops._cuda.unavailable", lambda: "not here")
     q, k, v = (t.float() for t in operands(2, 3))
     with serve_sdpa(backend="reference") as served:
         F.scaled_dot_product_attention(q, k, v)

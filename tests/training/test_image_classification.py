@@ -193,8 +193,9 @@ def test_a_process_of_its_own_really_runs(lam, tmp_path):
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(
-    train, refused, tmp_path, options, part
+    train, refused, tmp_path, options, part, monkeypatch
 ):
+    monkeypatch.setattr("lam_kernels.ops._cuda.unavailable", lambda: "not here")
     refused(train("--out", tmp_path / "out", *options), part)
     assert not (tmp_path / "out").exists()
 
