@@ -16,7 +16,13 @@ from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
 from ._flops import pair_count
-from ._registration import cpu_service, gradients_like, reference_service, register
+from ._registration import (
+    cpu_service,
+    gradients_like,
+    reference_service,
+    register,
+    triton_service,
+)
 from ._vmap import register_one_by_one
 
 
@@ -132,6 +138,7 @@ KERNELS = Services(
     "global_local_attention",
     {
         "cpu": cpu_service("global_local_attention"),
+        "triton": triton_service("global_local_attention"),
         "reference": reference_service("global_local_attention"),
     },
 )

@@ -16,7 +16,13 @@ from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
 from ._flops import pair_count
-from ._registration import cpu_service, gradients_like, reference_service, register
+from ._registration import (
+    cpu_service,
+    gradients_like,
+    reference_service,
+    register,
+    triton_service,
+)
 from ._vmap import register_one_by_one
 
 MAX_LENGTH = 512  # whole rows of both maps stay on chip
@@ -154,6 +160,7 @@ KERNELS = Services(
     "map_gated_attention",
     {
         "cpu": cpu_service("map_gated_attention"),
+        "triton": triton_service("map_gated_attention"),
         "reference": reference_service("map_gated_attention"),
     },
 )

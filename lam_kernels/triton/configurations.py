@@ -70,6 +70,76 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 128): (_C(32, 32, 4, 1),),
         (4, 256): (_C(32, 32, 4, 1),),
     },
+    "global_local_forward": {
+        (2, 32): (_C(128, 64, 8, 2), _C(64, 64, 4, 2)),
+        (2, 64): (_C(128, 64, 8, 2), _C(64, 64, 4, 2)),
+        (2, 128): (_C(64, 64, 8, 2),),
+        (2, 256): (_C(64, 32, 8, 1),),
+        (4, 32): (_C(64, 32, 4, 2),),
+        (4, 64): (_C(32, 32, 4, 2),),
+        (4, 128): (_C(32, 32, 8, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
+    "global_local_rows": {
+        (2, 32): (_C(64, 64, 4, 2),),
+        (2, 64): (_C(64, 64, 8, 2),),
+        (2, 128): (_C(64, 32, 8, 2),),
+        (2, 256): (_C(32, 32, 8, 1),),
+        (4, 32): (_C(32, 32, 4, 1),),
+        (4, 64): (_C(32, 32, 8, 1),),
+        (4, 128): (_C(16, 16, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
+    "global_local_columns": {
+        (2, 32): (_C(64, 64, 8, 2),),
+        (2, 64): (_C(32, 64, 8, 2),),
+        (2, 128): (_C(32, 64, 8, 1),),
+        (2, 256): (_C(32, 32, 8, 1),),
+        (4, 32): (_C(32, 32, 8, 1),),
+        (4, 64): (_C(32, 32, 8, 1),),
+        (4, 128): (_C(16, 16, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
+    "global_local_tiles": {
+        (2, 32): (_C(64, 64, 4, 2),),
+        (2, 64): (_C(64, 64, 8, 2),),
+        (2, 128): (_C(64, 64, 8, 1),),
+        (2, 256): (_C(64, 64, 8, 1),),
+        (4, 32): (_C(32, 32, 4, 1),),
+        (4, 64): (_C(32, 32, 4, 1),),
+        (4, 128): (_C(32, 32, 4, 1),),
+        (4, 256): (_C(32, 32, 4, 1),),
+    },
+    "map_gated_forward": {
+        (2, 32): (_C(64, 64, 4, 2),),
+        (2, 64): (_C(64, 64, 4, 2),),
+        (2, 128): (_C(64, 64, 8, 2),),
+        (2, 256): (_C(32, 32, 4, 1),),
+        (4, 32): (_C(32, 32, 4, 1),),
+        (4, 64): (_C(32, 32, 4, 1),),
+        (4, 128): (_C(16, 16, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
+    "map_gated_heads": {
+        (2, 32): (_C(64, 64, 8, 2),),
+        (2, 64): (_C(64, 64, 8, 2),),
+        (2, 128): (_C(32, 64, 8, 1),),
+        (2, 256): (_C(32, 32, 8, 1),),
+        (4, 32): (_C(32, 32, 8, 1),),
+        (4, 64): (_C(32, 32, 8, 1),),
+        (4, 128): (_C(16, 16, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
+    "map_gated_gates": {
+        (2, 32): (_C(64, 64, 8, 2),),
+        (2, 64): (_C(64, 64, 8, 2),),
+        (2, 128): (_C(64, 64, 8, 1),),
+        (2, 256): (_C(32, 32, 8, 1),),
+        (4, 32): (_C(32, 32, 8, 1),),
+        (4, 64): (_C(32, 32, 8, 1),),
+        (4, 128): (_C(16, 16, 4, 1),),
+        (4, 256): (_C(16, 16, 8, 1),),
+    },
 }
 # The same for chips without products of warp groups (8.x, 12.x), whose operands take registers:
 # where the entries above would keep more of them on the stack than the budget allows.
@@ -140,7 +210,13 @@ def _cheapest(problem: Problem, multiprocessors: int) -> Configuration:
 _FLOP_CYCLES = 1 / 512
 _EXP_CYCLES = 1 / 16
 _LOOP_CYCLES = 200
-_PRODUCTS = {"forward": 2, "rows": 3, "columns": 4, "tiles": 2}
+_PRODUCTS = {
+    "forward": 2, "rows": 3, "columns": 4, "tiles": 2,
+    # in tiles that the pattern does not touch, which are most
+    "global_local_forward": 2, "global_local_rows": 3, "global_local_columns": 4,
+    "global_local_tiles": 2,
+    "map_gated_forward": 5, "map_gated_heads": 12, "map_gated_gates": 8,
+}  # fmt: skip
 
 
 def cost(problem: Problem, entry: Configuration, multiprocessors: int) -> float:
@@ -151,8 +227,8 @@ def cost(problem: Problem, entry: Configuration, multiprocessors: int) -> float:
     tiles_m, tiles_n = math.ceil(problem.Lq / entry.block_m), math.ceil(problem.Lk / entry.block_n)
     pair_cycles = _PRODUCTS[problem.kernel] * problem.head_dim * _FLOP_CYCLES + _EXP_CYCLES
     tile = entry.block_m * entry.block_n * pair_cycles + _LOOP_CYCLES
-    own, loop = (tiles_n, tiles_m) if problem.kernel == "columns" else (tiles_m, tiles_n)
-    if problem.kernel == "tiles":
+    own, loop = (tiles_n, tiles_m) if problem.kernel.endswith("columns") else (tiles_m, tiles_n)
+    if problem.kernel.endswith("tiles"):
         own, loop = tiles_m * tiles_n, 1
     at_once = multiprocessors * max(1, 8 // entry.warps)
     programs = own * problem.pairs

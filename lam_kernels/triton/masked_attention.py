@@ -105,10 +105,18 @@ class _Call(NamedTuple):
             "num_stages": configuration.stages,
         }
 
-    def run(self, kernel: str, launched: Callable[[configurations.Configuration], object]) -> None:
-        """Launches a kernel with what the rule of cost, or a measurement, picks from the table."""
+    def run(
+        self,
+        kernel: str,
+        launched: Callable[[configurations.Configuration], object],
+        width: int | None = None,
+    ) -> None:
+        """Launches a kernel with what the rule of cost, or a measurement, picks from the table.
+
+        width: of what the kernel multiplies, when that is not the operands'.
+        """
         problem = configurations.Problem(
-            kernel, self.query.element_size(), max(self.D, self.Dv), self.Lq, self.Lk,
+            kernel, width or self.query.element_size(), max(self.D, self.Dv), self.Lq, self.Lk,
             self.B * self.H, configurations.ampere(self.query.device),
         )  # fmt: skip
         device = self.query.device
@@ -395,32 +403,40 @@ def _reduce(sums: dict[int, Tensor], grads: list[Tensor]) -> None:
         grads[at].copy_(total.sum(axes, keepdim=True) if axes else total)
 
 
-def _run_tiles(call: _Call, g: Backward, plan: _MaskPlan, grads: list[Tensor]) -> None:
+def _run_tiles(
+    call: _Call, g, plan: _MaskPlan, grads: list[Tensor], kernel="tiles", launched=None
+) -> None:
     """Both masks in one launch when the same heads and samples share them, otherwise one each."""
     shared = [at for at, source in enumerate(plan) if source == "tiles"]
     together = len({grads[3 + at].shape[:2] for at in shared}) == 1
     for group in [shared] if together else [[at] for at in shared]:
-        call.run("tiles", functools.partial(_launch_tiles, call, g, group, grads))
+        call.run(kernel, functools.partial(launched or _launch_tiles, call, g, group, grads))
 
 
-def _launch_tiles(
-    call: _Call,
-    g: Backward,
-    which: list[int],
-    grads: list[Tensor],
-    chosen: configurations.Configuration,
-) -> None:
+class _SharedSums(NamedTuple):
+    """Where the tiles pass sums the gradients of masks that the same heads and samples share."""
+
+    batches: int  # that share them
+    heads: int
+    own: int  # tiles of one row and column tile: samples x heads of the mask
+    splits: int
+    stride: int  # elements from one partial sum to the next
+    targets: MaskGradients
+    partial: dict[int, Tensor]
+
+    def finish(self, grads: list[Tensor]) -> None:
+        for at, sums in self.partial.items():
+            grads[3 + at].copy_(sums.sum(0))
+
+
+def _shared_sums(call: _Call, which: list[int], grads: list[Tensor], tiles: int) -> _SharedSums:
+    """tiles: row tiles x column tiles."""
     first = grads[3 + which[0]]
     batches = call.B if first.shape[0] == 1 else 1
     heads = call.H if first.shape[1] == 1 else 1
-    uniform = call.shape.CODE >= 0
-    step = call.largest_step if uniform else 1
-    row_tiles = call.tiles(call.Lq, chosen.block_m, step)
-    column_tiles = triton.cdiv(triton.cdiv(call.Lk, step), chosen.block_n)
     own = first.shape[0] * first.shape[1]
-    programs = own * row_tiles * column_tiles
     splits = configurations.splits(
-        programs, batches * heads, first.numel() * len(which),
+        own * tiles, batches * heads, first.numel() * len(which),
         call.B * call.H * (call.Lq + call.Lk) * call.D, call.query.device,
     )  # fmt: skip
     targets: list[Mask | None] = [None, None]
@@ -433,15 +449,32 @@ def _launch_tiles(
             targets[at] = mask_argument(partial[at][0])._replace(pointer=partial[at])
         else:
             targets[at] = mask_argument(grad)
+    stride = first.numel()
+    return _SharedSums(
+        batches, heads, own, splits, stride, MaskGradients(*targets, None, None), partial
+    )
+
+
+def _launch_tiles(
+    call: _Call,
+    g: Backward,
+    which: list[int],
+    grads: list[Tensor],
+    chosen: configurations.Configuration,
+) -> None:
+    uniform = call.shape.CODE >= 0
+    step = call.largest_step if uniform else 1
+    row_tiles = call.tiles(call.Lq, chosen.block_m, step)
+    column_tiles = triton.cdiv(triton.cdiv(call.Lk, step), chosen.block_n)
+    sums = _shared_sums(call, which, grads, row_tiles * column_tiles)
     settings = call.settings(chosen) | {
         "STEPPED": call.shape.STEPPED and uniform,
         "CHUNK_D": configurations.chunk(call.query.element_size()),
     }
     launch(
-        tiles_kernel, programs * splits,
-        call.o, g, MaskGradients(*targets, None, None), first.numel(), call.scale, *call.dropout,
-        call.H, call.group, call.Lq, call.Lk, row_tiles, column_tiles, batches, heads, splits,
-        **settings,
+        tiles_kernel, sums.own * row_tiles * column_tiles * sums.splits,
+        call.o, g, sums.targets, sums.stride, call.scale, *call.dropout,
+        call.H, call.group, call.Lq, call.Lk, row_tiles, column_tiles, sums.batches, sums.heads,
+        sums.splits, **settings,
     )  # fmt: skip
-    for at, sums in partial.items():
-        grads[3 + at].copy_(sums.sum(0))
+    sums.finish(grads)

@@ -26,6 +26,7 @@ from .tiles import (
     learned_tile,
     load_rows,
     product_of_rows,
+    program_mask_tile,
     program_tile,
     row_statistics,
     seen_pairs,
@@ -250,16 +251,9 @@ def tiles_kernel(
     Programs: split, mask batch and head, row tile, column tile (fastest). A split sums every
     splits-th sharer into its own partial result, split_stride elements after the one before.
     """
-    index = tl.program_id(0)
-    column_tile = index % column_tiles
-    index = index // column_tiles
-    row_tile = index % row_tiles
-    index = index // row_tiles
-    split = index % splits
-    index = index // splits
-    own_heads = H // heads
-    own_head = index % own_heads
-    own_batch = index // own_heads
+    column_tile, row_tile, split, own_batch, own_head = program_mask_tile(
+        row_tiles, column_tiles, splits, H // heads
+    )
 
     step, shift = head_step(o.terms, own_head, Lq, Lk, CODE, STEPPED)
     first_row = tile_start(row_tile, Lq, step, BLOCK_M, STEPPED)

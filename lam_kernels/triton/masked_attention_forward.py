@@ -8,14 +8,14 @@ import triton.language as tl
 from .patterns import head_step, key_bounds, tile_range, tile_start
 from .philox import kept_pairs
 from .tiles import (
-    LOG2E,
     base_of,
     fused_scores,
     learned_tile,
     load_rows,
     program_tile,
     seen_pairs,
-    store_rows,
+    softmax_step,
+    store_softmax,
 )
 
 _INF = tl.constexpr(float("inf"))
@@ -67,11 +67,7 @@ def forward_kernel(
         bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
         _, z, _ = fused_scores(o, s, seen, multiplier, bias, GATE, HIDES)
 
-        larger = tl.maximum(largest, tl.max(z, 1))
-        anchor = tl.where(larger == -_INF, 0.0, larger)
-        p = tl.exp2((z - anchor[:, None]) * LOG2E)
-        shrink = tl.exp2((largest - anchor) * LOG2E)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, largest, total = softmax_step(z, largest, total)
         if DROPOUT:
             kept = kept_pairs(
                 rows, start, columns, pair, seed, offset, threshold, BLOCK_N, not STEPPED
@@ -80,12 +76,7 @@ def forward_kernel(
         v = load_rows(values, o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
         result = result * shrink[:, None]
         result = tl.dot(p.to(v.dtype), v, result, input_precision=PRECISION)
-        largest = larger
 
-    empty = total == 0.0
-    result = result / tl.where(empty, 1.0, total)[:, None]
     if DROPOUT:
         result = result * keep_scale
-    store_rows(out, pair, row, Lq, DV, BLOCK_DV, result)
-    at = lse + pair.to(tl.int64) * Lq + row
-    tl.store(at, tl.where(empty, -_INF, largest + tl.log(total)), mask=row < Lq)
+    store_softmax(out, lse, pair, row, Lq, DV, BLOCK_DV, result, largest, total)

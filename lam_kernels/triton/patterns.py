@@ -337,3 +337,34 @@ def tile_range(
         else:
             start = start // 16 * 16
         return start, stop
+
+
+@triton.jit
+def near_tiles(
+    terms, head, first, L, L_other, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
+    N_TERMS: tl.constexpr, CODE: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """(start, length) of the whole tiles of columns that the pattern touches from a tile of rows."""
+    begin, stop = tile_range(
+        terms, head, first, L, L_other, 1, 0, BLOCK, N_TERMS, CODE, False, TRANSPOSED
+    )
+    begin = begin // BLOCK_OTHER * BLOCK_OTHER
+    return begin, tl.maximum(tl.cdiv(stop - begin, BLOCK_OTHER), 0) * BLOCK_OTHER
+
+
+@triton.jit
+def part_length(near_length, L, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Length of the near tiles (PART 0), or of all the others (PART 1)."""
+    if PART == 0:
+        return near_length
+    else:
+        return tl.cdiv(L, BLOCK) * BLOCK - near_length
+
+
+@triton.jit
+def part_start(at, near_start, near_length, PART: tl.constexpr):
+    """Where a tile begins that lies `at` within its part."""
+    if PART == 0:
+        return near_start + at
+    else:
+        return at + tl.where(at >= near_start, near_length, 0)

@@ -75,6 +75,20 @@ def program_tile(tiles, B, H, ORDER: tl.constexpr):
 
 
 @triton.jit
+def program_mask_tile(row_tiles, column_tiles, splits, own_heads):
+    """(column tile, row tile, split, batch, head) of a program that owns a tile of a mask: column
+    tiles vary fastest, then row tiles, splits, the mask's own heads."""
+    index = tl.program_id(0)
+    column_tile = index % column_tiles
+    index = index // column_tiles
+    row_tile = index % row_tiles
+    index = index // row_tiles
+    split = index % splits
+    index = index // splits
+    return column_tile, row_tile, split, index // own_heads, index % own_heads
+
+
+@triton.jit
 def base_of(operand, batch, head):
     return operand.pointer + batch.to(tl.int64) * operand.batch + head.to(tl.int64) * operand.head
 
@@ -143,19 +157,31 @@ def learned_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
 
 
 @triton.jit
-def seen_pairs(
-    o, batch, head, rows, columns, low, high, Lq, Lk,
-    N_TERMS: tl.constexpr, CODE: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+def kept_by_pattern(
+    terms, batch, head, rows, columns, low, high, Lq, Lk,
+    N_TERMS: tl.constexpr, CODE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Where pattern, attn_mask and key_mask keep a pair. low, high: key_bounds of the rows
-    (TRANSPOSED: of the columns)."""
+    """Where a column exists and the pattern keeps the pair. low, high: see seen_pairs."""
     kept = columns < Lk
     if N_TERMS > 0:
         if TRANSPOSED:
             kept = kept & (rows >= low) & (rows < high)
         else:
             kept = (columns >= low) & (columns < high)
-        kept = codes_agree(kept, o.terms, batch, head, rows, columns, Lq, Lk, N_TERMS, CODE)
+        kept = codes_agree(kept, terms, batch, head, rows, columns, Lq, Lk, N_TERMS, CODE)
+    return kept
+
+
+@triton.jit
+def seen_pairs(
+    o, batch, head, rows, columns, low, high, Lq, Lk,
+    N_TERMS: tl.constexpr, CODE: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Where pattern, attn_mask and key_mask keep a pair. low, high: key_bounds of the rows
+    (TRANSPOSED: of the columns)."""
+    kept = kept_by_pattern(
+        o.terms, batch, head, rows, columns, low, high, Lq, Lk, N_TERMS, CODE, TRANSPOSED
+    )
     if o.key_mask is not None:
         kept = kept & (mask_tile(o.key_mask, batch, head, rows, columns, Lq, Lk, EVEN) != 0)
     if o.attn_mask is not None:
@@ -196,15 +222,44 @@ def slopes(
     p = tl.exp2((z - lse) * LOG2E)
     slope = dp - delta
     dz = p * slope
-    ds = dz
-    if o.multiplier is not None:
-        ds = dz * multiplier
-        if HIDES or o.bias is not None:
-            ds = tl.where(visible, ds, 0.0)
+    ds = score_slope(o, dz, visible, multiplier, HIDES)
     da = dz
     if GATE:  # finite also where the gate is 0, and then not P / A
         da = tl.where(seen, tl.exp2((f - lse) * LOG2E), 0.0) * slope
     return p, ds, dz * s, da
+
+
+@triton.jit
+def score_slope(o, dz, visible, multiplier, HIDES: tl.constexpr):
+    """dS of dZ."""
+    ds = dz
+    if o.multiplier is not None:
+        ds = dz * multiplier
+        if HIDES or o.bias is not None:  # the multiplier of a hidden pair may be NaN
+            ds = tl.where(visible, ds, 0.0)
+    return ds
+
+
+@triton.jit
+def softmax_step(z, largest, total):
+    """(weights of a tile, what earlier sums shrink by, largest, total) of an online softmax."""
+    larger = tl.maximum(largest, tl.max(z, 1))
+    anchor = tl.where(larger == -_INF, 0.0, larger)
+    p = tl.exp2((z - anchor[:, None]) * LOG2E)
+    shrink = tl.exp2((largest - anchor) * LOG2E)
+    return p, shrink, larger, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def store_softmax(
+    out, lse, pair, row, Lq, DV: tl.constexpr, BLOCK_DV: tl.constexpr, result, largest, total
+):
+    """out and lse of rows from the sums of an online softmax; 0 and -inf where no key was seen."""
+    empty = total == 0.0
+    result = result / tl.where(empty, 1.0, total)[:, None]
+    store_rows(out, pair, row, Lq, DV, BLOCK_DV, result)
+    at = lse + pair.to(tl.int64) * Lq + row
+    tl.store(at, tl.where(empty, -_INF, largest + tl.log(total)), mask=row < Lq)
 
 
 @triton.jit
