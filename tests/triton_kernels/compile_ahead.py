@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that are not there; one line of JSON a kernel.
 
-    python tests/triton_kernels/compile_ahead.py --arch 90 [--head-dim 64] [--kernel forward]
+    python tests/triton_kernels/compile_ahead.py --arch 90 [--op masked] [--head-dim 64] [...]
 
 The op's own host code makes every launch; only the launch itself is replaced by a compilation, so
 what is compiled is what would run: the same arguments, specialised by Triton the same way. Each
@@ -29,7 +29,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lam_kernels.triton import configurations, masked_attention
+from lam_kernels.patterns import Toeplitz, encode
+from lam_kernels.triton import (
+    configurations,
+    global_local_attention,
+    map_gated_attention,
+    masked_attention,
+)
 from lam_kernels.triton.configurations import (
     AMPERE_SHORT,
     HEAD_DIMS,
@@ -101,13 +107,18 @@ def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, 
     masked_attention.launch = launch
     configurations.choose = lambda *_: entry
     configurations.short = lambda *_: (entry.block_m, entry.warps) if short else (0, 0)
-    call(entry.block_m if short else LONG, head_dim, DTYPES[width])
+    CALLS[op_of(kernel)](entry.block_m if short else LONG, head_dim, DTYPES[width])
     return records
 
 
-def call(L: int, D: int, dtype: torch.dtype) -> None:
+def inputs(L: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """query, key, value and a gradient."""
+    return tuple(torch.empty(2, 4, L, D, dtype=dtype) for _ in range(4))
+
+
+def call_masked(L: int, D: int, dtype: torch.dtype) -> None:
     B, H = 2, 4
-    query, key, value = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(3))
+    query, key, value, _ = inputs(L, D, dtype)
     mask = torch.empty(1, 1, L, L, dtype=dtype)
     operands = (query, key, value, mask, *[None] * 7, [], None)
     settings = ([], D**-0.5, 0.0, False)
@@ -117,6 +128,38 @@ def call(L: int, D: int, dtype: torch.dtype) -> None:
     masked_attention.masked_attention_bwd(
         torch.empty_like(out), None, *operands, out, lse, *settings, needs
     )
+
+
+def call_global_local(L: int, D: int, dtype: torch.dtype) -> None:
+    *tensors, out = inputs(L, D, dtype)
+    operands = (*tensors, torch.empty(1, 1, L, L, dtype=dtype), None, None, [])
+    settings = (BAND, D**-0.5)
+    global_local_attention.global_local_attention_fwd(*operands, *settings)
+    lse = torch.empty(out.shape[:3])
+    global_local_attention.global_local_attention_bwd(
+        out, out, *operands, out, out, lse, lse, *settings, [True] * 4 + [False]
+    )
+
+
+def call_map_gated(_length: int, D: int, dtype: torch.dtype) -> None:
+    T = 300
+    *tensors, grad_out = inputs(T, D, dtype)
+    operands = (*tensors, *(torch.empty(T, T) for _ in range(2)), None, [], BAND, D**-0.5, True)
+    map_gated_attention.map_gated_attention_fwd(*operands)
+    map_gated_attention.map_gated_attention_bwd(grad_out, *operands, [True] * 5)
+
+
+BAND = list(encode(Toeplitz(15), 4)[0])
+# by how the names of an op's kernels begin; those of masked attention have no name of their own
+CALLS = {
+    "global_local": call_global_local,
+    "map_gated": call_map_gated,
+    "masked": call_masked,
+}
+
+
+def op_of(kernel: str) -> str:
+    return next((op for op in CALLS if kernel.startswith(op)), "masked")
 
 
 def table_entries(arch: int) -> Iterator[tuple[str, Configuration, int, int]]:
@@ -135,6 +178,7 @@ def table_entries(arch: int) -> Iterator[tuple[str, Configuration, int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, required=True, help="80, 90, 100")
+    parser.add_argument("--op", choices=CALLS, help="only its kernels")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="only this one")
     parser.add_argument("--kernel", help="only this one")
     parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
@@ -144,7 +188,10 @@ def main() -> None:
     torch.set_num_threads(1)
     print(json.dumps({"kernels": len(list(table_entries(given.arch)))}), flush=True)
     for kernel, entry, width, head_dim in table_entries(given.arch):
-        asked = ((given.head_dim, head_dim), (given.kernel, kernel), (given.width, width))
+        asked = (
+            (given.op, op_of(kernel)), (given.kernel, kernel),
+            (given.head_dim, head_dim), (given.width, width),
+        )  # fmt: skip
         if any(one not in (None, has) for one, has in asked):
             continue
         if given.entry:
