@@ -48,6 +48,11 @@ BACKENDS = (
 BY_NAME = {row.name: row for row in BACKENDS}
 
 
+def widest(name: str) -> str:
+    """The most exact dtype of a backend."""
+    return "float64" if "float64" in BY_NAME[name].dtypes else "float32"
+
+
 def rows_for(module: str) -> list[Backend]:
     """The rows whose tests a module has."""
     return [row for row in BACKENDS if not row.modules or module in row.modules]

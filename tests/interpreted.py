@@ -13,9 +13,8 @@ def _cases(dtype: str, *names: str) -> list[dict[str, str]]:
     return [{"case": name, "dtype": dtype} for name in names]
 
 
-FILES = ("test_masked_attention", "test_masked_attention_conventions")
 # test function -> values of its parameters beside the backend; one that is not named is any
-SUBSET: dict[str, list[dict[str, str]]] = {
+MASKED: dict[str, list[dict[str, str]]] = {
     "test_case": [
         *_cases(
             "float32",
@@ -77,15 +76,27 @@ SUBSET: dict[str, list[dict[str, str]]] = {
 }  # fmt: skip
 
 
+# Small problems of these ops, every feature of them, are tests/triton_kernels/test_two_maps.py.
+SUBSET = {
+    "test_masked_attention": MASKED,
+    "test_masked_attention_conventions": MASKED,
+    "test_global_local_attention": {
+        "test_case": _cases("bfloat16", "both masks"),
+        "test_only_wanted_gradients": [{"grads": "k", "dtype": "float32"}],
+    },
+    "test_map_gated_attention": {"test_case": _cases("float16", "other gate dtypes")},
+}
+
+
 def left_out(item) -> str:
     """Why an ordinary run leaves this test out, "" when it takes it."""
     if (
         torch.cuda.is_available() or item.path.parent.name == "triton_kernels"
     ):  # the backend's own tests
         return ""
-    named = item.path.stem in FILES and hasattr(item, "callspec")
-    given = item.callspec.params if named else {}
-    for wanted in SUBSET.get(item.originalname, ()) if given else ():
+    subset = SUBSET.get(item.path.stem, {})
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    for wanted in subset.get(item.originalname, ()):
         if all(str(given.get(name)) == value for name, value in wanted.items()):
             return ""
     return "in the interpreter: a subset here (tests/interpreted.py), all with --full"

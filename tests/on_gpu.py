@@ -39,7 +39,7 @@ def through(kernel, device: str):
     def run(*arguments):
         if arguments[0].device.type == device:
             return kernel(*arguments)
-        return tuple(result.cpu() for result in kernel(*moved(arguments, device)))
+        return moved(kernel(*moved(arguments, device)), "cpu")
 
     return run
 

@@ -130,10 +130,7 @@ def _run_backward(call: _Call, g: BothBackward, grads: list[Tensor], operands, n
     """Fills grads."""
     B, H, Lq, Lk = call.B, call.H, call.Lq, call.Lk
     plan = _MaskPlan(
-        *(
-            _source(mask, wanted, call)
-            for mask, wanted in zip(operands[3:], needs[3:], strict=True)
-        )
+        *(_source(mask, wanted, call) for mask, wanted in zip(operands[3:], needs[3:], strict=True))
     )
     columns_run = needs[1] or needs[2] or plan.has("columns")
     rows_run = needs[0] or plan.has("rows") or (plan.has("own") and not columns_run)

@@ -70,9 +70,7 @@ def global_local_forward_kernel(
             columns = column[None, :]
             k = load_rows(keys, o.key.row, column, Lk, D, BLOCK_D, EVEN)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            seen = seen_pairs(
-                o, batch, head, rows, columns, low, high, Lq, Lk, 0, 0, False, EVEN
-            )
+            seen = seen_pairs(o, batch, head, rows, columns, low, high, Lq, Lk, 0, 0, False, EVEN)
             multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
             bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
             _, z, _ = fused_scores(o, s, seen, multiplier, bias, False, HIDES)

@@ -33,6 +33,7 @@ _PRODUCTS = {
 def _settings(call: _Call, chosen: configurations.Configuration, renormalise: bool) -> dict:
     kind, precision = _PRODUCTS[call.query.dtype]
     return two_map_settings(call, chosen) | {
+        "CHUNK_D": configurations.chunk(call.query.element_size()),
         "GATE_TYPE": kind,
         "GATE_PRECISION": precision,
         "RENORMALISE": renormalise,
@@ -46,8 +47,13 @@ def _operands(
         query, key, value, None, None, None, key_mask, segment_ids, None, pattern, scale, 0.0,
         False,
     )  # fmt: skip
-    gates = Gates(*(Gate(gate, *gate.stride()) for gate in (gate_global, gate_local)))
-    return call, gates
+    return call, Gates(_gate(gate_global), _gate(gate_local))
+
+
+def _gate(gate: Tensor) -> Gate:
+    if sum(gate.stride()) * gate.shape[0] >= 2**31:  # of a far larger tensor
+        gate = gate.contiguous()
+    return Gate(gate, *gate.stride())
 
 
 def _run(call: _Call, kernel: str, launched) -> None:
@@ -102,7 +108,7 @@ def map_gated_attention_bwd(
     )
     grads = [_empty(x, query, wanted) for x, wanted in zip(operands, needs, strict=True)]
     vectors = [query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(6)]
-    norms = Norms(*vectors[:4], *(vectors[4:] if renormalise else (None, None)))
+    norms = Norms(*vectors)
     grad_out = rows_argument(_unit_last_stride(grad_out))
     with _on_device(query):
         _run_forward(call, gates, None, norms, grad_out, renormalise)
@@ -118,9 +124,7 @@ def _run_heads(call: _Call, gates, norms, grad_out, renormalise, grads, needs) -
         sums = [
             torch.zeros_like(grads[at], dtype=torch.float32) if needs[at] else None for at in (1, 2)
         ]
-        room = call.query.new_empty(
-            call.B, call.H, 4, chosen.block_m, call.Lq, dtype=torch.float32
-        )
+        room = call.query.new_empty(call.B, call.H, 4, chosen.block_m, call.Lq, dtype=torch.float32)
         masked_attention.launch(
             map_gated_heads_kernel, call.B * call.H,
             call.o, gates, norms, grad_out, grads[0] if needs[0] else None, *sums, room,

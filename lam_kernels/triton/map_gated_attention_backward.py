@@ -18,7 +18,7 @@ import triton.language as tl
 from .map_gated_attention_forward import gate_tile, map_tiles, rows_of_head, share_tile
 from .masked_attention_forward import VARYING
 from .patterns import part_length, part_start
-from .tiles import base_of, load_rows, store_rows
+from .tiles import base_of, load_rows, product_of_rows, store_rows
 
 
 @triton.jit
@@ -36,13 +36,16 @@ def _norms_of_rows(kept, pair, row, T):
 
 @triton.jit
 def _mixed_slope(
-    o, kept, do, pair, batch, head, row, column, T,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    RENORMALISE: tl.constexpr,
+    o, kept, grad_out, pair, batch, head, row, column, T,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK_D: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, RENORMALISE: tl.constexpr,
 ):  # fmt: skip
     """dA."""
-    v = load_rows(base_of(o.value, batch, head), o.value.row, column, T, DV, BLOCK_DV, EVEN)
-    da = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    da = product_of_rows(
+        base_of(grad_out, batch, head), grad_out.row, row, T,
+        base_of(o.value, batch, head), o.value.row, column, T,
+        DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+    )  # fmt: skip
     if RENORMALISE:
         at = pair.to(tl.int64) * T + row
         along = tl.load(kept.along + at, mask=row < T, other=0.0)
@@ -63,6 +66,7 @@ def _logit_slope(da, r, whole, near, PART: tl.constexpr):
 
 @triton.jit
 def _add(pointer, at, mask, value):
+    """An element meets this once between two barriers: other threads may add to it next."""
     tl.store(pointer + at, tl.load(pointer + at, mask=mask, other=0.0) + value, mask=mask)
 
 
@@ -70,15 +74,19 @@ def _add(pointer, at, mask, value):
 def _add_rows(pointer, pair, row, T, D: tl.constexpr, BLOCK_D: tl.constexpr, value):
     """To rows of a contiguous float32 [pairs, T, D]."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    at = (pair.to(tl.int64) * T + row)[:, None] * D + d
-    _add(pointer, at, (row[:, None] < T) & (d < D), value)
+    _add(
+        pointer + pair.to(tl.int64) * (T * D),
+        row[:, None] * D + d,
+        (row[:, None] < T) & (d < D),
+        value,
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)
 def map_gated_heads_kernel(
     o, gates, kept, grad_out, grad_query, key_sums, value_sums, room, scale, H, T,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, GATE_TYPE: tl.constexpr, GATE_PRECISION: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -99,20 +107,18 @@ def map_gated_heads_kernel(
         row = first + tl.arange(0, BLOCK_M)
         place = rows_of_head(o, batch, head, first, T, BLOCK_M, BLOCK_N, N_TERMS, CODE)
         norms = _norms_of_rows(kept, pair, row, T)
-        q = load_rows(base_of(o.query, batch, head), o.query.row, row, T, D, BLOCK_D, EVEN)
-        do = load_rows(base_of(grad_out, batch, head), grad_out.row, row, T, DV, BLOCK_DV, EVEN)
         for PART in tl.static_range(2):
             for at in range(0, part_length(place[6], T, BLOCK_N, PART), BLOCK_N):
                 column = part_start(at, place[5], place[6], PART) + tl.arange(0, BLOCK_N)
                 columns = column[None, :]
                 r = share_tile(
-                    o, gates, q, place, norms, column, scale, T,
-                    D, BLOCK_D, BLOCK_M, BLOCK_N, N_TERMS, CODE, HIDES, EVEN, PRECISION,
+                    o, gates, place, norms, column, scale, T,
+                    D, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, N_TERMS, CODE, HIDES, EVEN, PRECISION,
                     GATE_TYPE, GATE_PRECISION,
                 )  # fmt: skip
                 whole, near = map_tiles(
-                    o, q, place, norms, column, scale, T,
-                    D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+                    o, place, norms, column, scale, T,
+                    D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
                 )  # fmt: skip
                 if value_sums is not None:
                     mixed = r * whole
@@ -122,12 +128,15 @@ def map_gated_heads_kernel(
                         at_row = pair.to(tl.int64) * T + row
                         share = tl.load(kept.share + at_row, mask=row < T, other=0.0)
                         mixed = mixed * share[:, None]
+                    do = load_rows(
+                        base_of(grad_out, batch, head), grad_out.row, row, T, DV, BLOCK_DV, EVEN
+                    )
                     dv = tl.dot(tl.trans(mixed.to(do.dtype)), do, input_precision=PRECISION)
                     _add_rows(value_sums, pair, column, T, DV, BLOCK_DV, dv)
                 if MAPS:
                     da = _mixed_slope(
-                        o, kept, do, pair, batch, head, row, column, T,
-                        DV, BLOCK_DV, EVEN, PRECISION, RENORMALISE,
+                        o, kept, grad_out, pair, batch, head, row, column, T,
+                        DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION, RENORMALISE,
                     )  # fmt: skip
                     du = _logit_slope(da, r, whole, near, PART)
                     tl.store(shares + in_room + columns, r, mask=columns < T)
@@ -154,12 +163,12 @@ def map_gated_heads_kernel(
                             near_slope = tl.dot(du, w, near_slope, input_precision=GATE_PRECISION)
                     r = tl.load(shares + in_room + columns, mask=columns < T, other=0.0)
                     da = _mixed_slope(
-                        o, kept, do, pair, batch, head, row, column, T,
-                        DV, BLOCK_DV, EVEN, PRECISION, RENORMALISE,
+                        o, kept, grad_out, pair, batch, head, row, column, T,
+                        DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION, RENORMALISE,
                     )  # fmt: skip
                     whole, near = map_tiles(
-                        o, q, place, norms, column, scale, T,
-                        D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+                        o, place, norms, column, scale, T,
+                        D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
                     )  # fmt: skip
                     whole_slope = da * r + whole_slope
                     whole_mean += tl.sum(whole * whole_slope, 1)
@@ -175,21 +184,24 @@ def map_gated_heads_kernel(
                     column = part_start(at, place[5], place[6], PART) + tl.arange(0, BLOCK_N)
                     columns = column[None, :]
                     whole, near = map_tiles(
-                        o, q, place, norms, column, scale, T,
-                        D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+                        o, place, norms, column, scale, T,
+                        D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
                     )  # fmt: skip
                     slope = tl.load(wholes + in_room + columns, mask=columns < T, other=0.0)
                     ds = whole * (slope - whole_mean[:, None])
                     if PART == 0:
                         slope = tl.load(nears + in_room + columns, mask=columns < T, other=0.0)
                         ds += near * (slope - near_mean[:, None])
-                    ds = (ds * scale).to(q.dtype)
+                    ds = (ds * scale).to(o.query.pointer.dtype.element_ty)
                     if grad_query is not None:
                         k = load_rows(
                             base_of(o.key, batch, head), o.key.row, column, T, D, BLOCK_D, EVEN
                         )
                         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
                     if key_sums is not None:
+                        q = load_rows(
+                            base_of(o.query, batch, head), o.query.row, row, T, D, BLOCK_D, EVEN
+                        )
                         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
                         _add_rows(key_sums, pair, column, T, D, BLOCK_D, dk)
             if grad_query is not None:
@@ -201,7 +213,7 @@ def map_gated_heads_kernel(
 def map_gated_gates_kernel(
     o, gates, kept, grad_out, whole_sums, near_sums, scale, pairs, H, T, tiles, splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, GATE_TYPE: tl.constexpr, GATE_PRECISION: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -214,6 +226,7 @@ def map_gated_gates_kernel(
     tile = tl.program_id(0) % tiles
     split = tl.program_id(0) // tiles
     own = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    ahead = split.to(tl.int64) * (T * T)
     for member in range(0, tl.cdiv(pairs - split, splits)):
         pair = split + member * splits
         batch = pair // H
@@ -222,39 +235,37 @@ def map_gated_gates_kernel(
             row = first + tl.arange(0, BLOCK_M)
             place = rows_of_head(o, batch, head, first, T, BLOCK_M, BLOCK_N, N_TERMS, CODE)
             norms = _norms_of_rows(kept, pair, row, T)
-            q = load_rows(base_of(o.query, batch, head), o.query.row, row, T, D, BLOCK_D, EVEN)
-            do = load_rows(base_of(grad_out, batch, head), grad_out.row, row, T, DV, BLOCK_DV, EVEN)
             r = share_tile(
-                o, gates, q, place, norms, own, scale, T,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, N_TERMS, CODE, HIDES, EVEN, PRECISION,
+                o, gates, place, norms, own, scale, T,
+                D, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, N_TERMS, CODE, HIDES, EVEN, PRECISION,
                 GATE_TYPE, GATE_PRECISION,
             )  # fmt: skip
             da = _mixed_slope(
-                o, kept, do, pair, batch, head, row, own, T,
-                DV, BLOCK_DV, EVEN, PRECISION, RENORMALISE,
+                o, kept, grad_out, pair, batch, head, row, own, T,
+                DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION, RENORMALISE,
             )  # fmt: skip
             whole, near = map_tiles(
-                o, q, place, norms, own, scale, T,
-                D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, 0,
+                o, place, norms, own, scale, T,
+                D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, 0,
             )  # fmt: skip
             du = _logit_slope(da, r, whole, near, 0).to(GATE_TYPE)
             for PART in tl.static_range(2):
                 for at in range(0, part_length(place[6], T, BLOCK_N, PART), BLOCK_N):
                     inner = part_start(at, place[5], place[6], PART) + tl.arange(0, BLOCK_N)
                     whole, near = map_tiles(
-                        o, q, place, norms, inner, scale, T,
-                        D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+                        o, place, norms, inner, scale, T,
+                        D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
                     )  # fmt: skip
-                    to = (split.to(tl.int64) * T + inner)[:, None] * T + own[None, :]
+                    to = inner[:, None] * T + own[None, :]
                     inside = (inner[:, None] < T) & (own[None, :] < T)
                     if whole_sums is not None:
                         dw = tl.dot(
                             tl.trans(whole.to(GATE_TYPE)), du, input_precision=GATE_PRECISION
                         )
-                        _add(whole_sums, to, inside, dw)
+                        _add(whole_sums + ahead, to, inside, dw)
                     if near_sums is not None and PART == 0:
                         dw = tl.dot(
                             tl.trans((-near).to(GATE_TYPE)), du, input_precision=GATE_PRECISION
                         )
-                        _add(near_sums, to, inside, dw)
+                        _add(near_sums + ahead, to, inside, dw)
             tl.debug_barrier()

@@ -8,6 +8,7 @@ of the gate.
 A tile of a map is formed from Q K^T again wherever it is needed: that costs D multiply-adds an
 element where the product with a gate costs T. What lies between are numbers a row (Norms). The
 local map is only formed on tiles that its pattern touches; there, and only there, PART is 0.
+Gates are addressed in 32 bits (map_gated_attention.py copies one that would not fit).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .tiles import (
     base_of,
     kept_by_pattern,
     load_rows,
+    product_of_rows,
     program_tile,
     seen_pairs,
     softmax_step,
@@ -54,15 +56,15 @@ class Norms(NamedTuple):
     inverse: Tensor
     near_largest: Tensor
     near_inverse: Tensor
-    share: Tensor | None  # 1 / the sum of a row of the mixed map, with renormalise
-    along: Tensor | None  # rowsum(dO * O), with renormalise
+    share: Tensor  # 1 / the sum of a row of the mixed map; only with renormalise
+    along: Tensor  # rowsum(dO * O); only with renormalise
 
 
 @triton.jit
 def gate_tile(gate, rows, columns, T, GATE_TYPE: tl.constexpr):
     """Rows and columns expanded, either way round; zeros outside."""
-    at = gate.pointer + rows.to(tl.int64) * gate.row + columns.to(tl.int64) * gate.column
-    return tl.load(at, mask=(rows < T) & (columns < T), other=0.0).to(GATE_TYPE)
+    at = rows * gate.row + columns * gate.column
+    return tl.load(gate.pointer + at, mask=(rows < T) & (columns < T), other=0.0).to(GATE_TYPE)
 
 
 @triton.jit
@@ -71,23 +73,28 @@ def rows_of_head(
     N_TERMS: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Where a tile of rows is and which keys its pattern keeps, as scores_tile takes it."""
-    rows = (first + tl.arange(0, BLOCK_M))[:, None]
+    row = first + tl.arange(0, BLOCK_M)
     start, length = near_tiles(o.terms, head, first, T, T, BLOCK_M, BLOCK_N, N_TERMS, CODE, False)
-    low, high = key_bounds(o.terms, head, rows, T, T, N_TERMS, CODE, False)
-    return batch, head, rows, low, high, start, length
+    low, high = key_bounds(o.terms, head, row[:, None], T, T, N_TERMS, CODE, False)
+    return batch, head, row, low, high, start, length
 
 
 @triton.jit
 def scores_tile(
-    o, q, place, column, scale, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    o, place, column, scale, T, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """(S where the key mask shows the key, and where the pattern does as well), -inf elsewhere."""
-    batch, head, rows, low, high, _, _ = place
+    batch, head, row, low, high, _, _ = place
+    rows = row[:, None]
     columns = column[None, :]
-    k = load_rows(base_of(o.key, batch, head), o.key.row, column, T, D, BLOCK_D, EVEN)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s = product_of_rows(
+        base_of(o.query, batch, head), o.query.row, row, T,
+        base_of(o.key, batch, head), o.key.row, column, T,
+        D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
+    )  # fmt: skip
+    s = s * scale
     if HIDES:
         seen = seen_pairs(o, batch, head, rows, columns, low, high, T, T, 0, 0, False, EVEN)
         s = tl.where(seen, s, -_INF)
@@ -102,14 +109,16 @@ def scores_tile(
 
 @triton.jit
 def map_tiles(
-    o, q, place, norms, column, scale, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    o, place, norms, column, scale, T,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """(A^g, A^l); nothing that may be used for A^l where PART is 1."""
     whole, near = scores_tile(
-        o, q, place, column, scale, T, D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART
-    )
+        o, place, column, scale, T,
+        D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+    )  # fmt: skip
     whole = tl.exp2((whole - norms[0]) * LOG2E) * norms[1]
     if PART == 0:
         near = tl.exp2((near - norms[2]) * LOG2E) * norms[3]
@@ -118,8 +127,9 @@ def map_tiles(
 
 @triton.jit
 def share_tile(
-    o, gates, q, place, norms, column, scale, T,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    o, gates, place, norms, column, scale, T,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, GATE_TYPE: tl.constexpr, GATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -129,8 +139,8 @@ def share_tile(
         for at in range(0, part_length(place[6], T, BLOCK_N, PART), BLOCK_N):
             inner = part_start(at, place[5], place[6], PART) + tl.arange(0, BLOCK_N)
             whole, near = map_tiles(
-                o, q, place, norms, inner, scale, T,
-                D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+                o, place, norms, inner, scale, T, D, BLOCK_D, CHUNK_D,
+                N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
             )  # fmt: skip
             w = gate_tile(gates.whole, inner[:, None], column[None, :], T, GATE_TYPE)
             logit = tl.dot(whole.to(GATE_TYPE), w, logit, input_precision=GATE_PRECISION)
@@ -144,7 +154,7 @@ def share_tile(
 def map_gated_forward_kernel(
     o, gates, out, kept, grad_out, scale, B, H, T, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, GATE_TYPE: tl.constexpr, GATE_PRECISION: tl.constexpr,
     RENORMALISE: tl.constexpr,
@@ -155,7 +165,6 @@ def map_gated_forward_kernel(
     first = tile * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     place = rows_of_head(o, batch, head, first, T, BLOCK_M, BLOCK_N, N_TERMS, CODE)
-    q = load_rows(base_of(o.query, batch, head), o.query.row, row, T, D, BLOCK_D, EVEN)
 
     largest = tl.full([BLOCK_M], -_INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -165,8 +174,8 @@ def map_gated_forward_kernel(
         for at in range(0, part_length(place[6], T, BLOCK_N, PART), BLOCK_N):
             column = part_start(at, place[5], place[6], PART) + tl.arange(0, BLOCK_N)
             s, near = scores_tile(
-                o, q, place, column, scale, T,
-                D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+                o, place, column, scale, T,
+                D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
             )  # fmt: skip
             _, _, largest, total = softmax_step(s, largest, total)
             if PART == 0:
@@ -194,13 +203,13 @@ def map_gated_forward_kernel(
             for at in range(0, part_length(place[6], T, BLOCK_N, PART), BLOCK_N):
                 column = part_start(at, place[5], place[6], PART) + tl.arange(0, BLOCK_N)
                 r = share_tile(
-                    o, gates, q, place, norms, column, scale, T,
-                    D, BLOCK_D, BLOCK_M, BLOCK_N, N_TERMS, CODE, HIDES, EVEN, PRECISION,
+                    o, gates, place, norms, column, scale, T,
+                    D, BLOCK_D, CHUNK_D, BLOCK_M, BLOCK_N, N_TERMS, CODE, HIDES, EVEN, PRECISION,
                     GATE_TYPE, GATE_PRECISION,
                 )  # fmt: skip
                 whole, near = map_tiles(
-                    o, q, place, norms, column, scale, T,
-                    D, BLOCK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
+                    o, place, norms, column, scale, T,
+                    D, BLOCK_D, CHUNK_D, N_TERMS, CODE, HIDES, EVEN, PRECISION, PART,
                 )  # fmt: skip
                 mixed = r * whole
                 if PART == 0:
@@ -214,8 +223,6 @@ def map_gated_forward_kernel(
         if out is not None:
             store_rows(out, pair, row, T, DV, BLOCK_DV, result)
         if kept is not None:
-            do = load_rows(
-                base_of(grad_out, batch, head), grad_out.row, row, T, DV, BLOCK_DV, EVEN
-            )
+            do = load_rows(base_of(grad_out, batch, head), grad_out.row, row, T, DV, BLOCK_DV, EVEN)
             tl.store(kept.share + at_row, share, mask=inside)
             tl.store(kept.along + at_row, tl.sum(result * do.to(tl.float32), 1), mask=inside)

@@ -344,7 +344,7 @@ def near_tiles(
     terms, head, first, L, L_other, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """(start, length) of the whole tiles of columns that the pattern touches from a tile of rows."""
+    """(start, length) of the whole tiles of columns that the pattern touches for a tile of rows."""
     begin, stop = tile_range(
         terms, head, first, L, L_other, 1, 0, BLOCK, N_TERMS, CODE, False, TRANSPOSED
     )

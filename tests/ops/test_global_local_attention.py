@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import widest
 from two_maps import KERNELS, Drawn, assert_accurate, both, check, evaluate
 
 import lam_kernels
@@ -87,7 +88,7 @@ def test_only_wanted_gradients(grads, backend, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_two_calls_of_masked_attention(case, backend):
     """The same numbers as two calls, one without and one with the pattern."""
-    drawn = Drawn(CASES[case].but(dtype="float64"))
+    drawn = Drawn(CASES[case].but(dtype=widest(backend)))
     o = drawn.operands
     fused = drawn.call(drawn.tensors(), backend=backend)
     masks = {
@@ -102,7 +103,7 @@ def test_two_calls_of_masked_attention(case, backend):
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_result_in_the_loss(which, backend):
     """The other result takes no part: the gradients are those of one call of masked_attention."""
-    drawn = Drawn(both(Lq=50, dtype="float64", pattern="Toeplitz(5)"))
+    drawn = Drawn(both(Lq=50, dtype=widest(backend), pattern="Toeplitz(5)"))
     o = drawn.operands
     leaves = [o.query, o.key, o.value]
     found = drawn.call(drawn.tensors(), backend=backend)[which]
@@ -118,7 +119,7 @@ def test_one_result_in_the_loss(which, backend):
 
 def test_batch_mates(backend):
     """A sample's result and gradients do not depend on the others of its batch."""
-    whole = Drawn(both(B=3, Lq=50, dtype="float64", pattern="Toeplitz(5)", key_mask=True))
+    whole = Drawn(both(B=3, Lq=50, dtype=widest(backend), pattern="Toeplitz(5)", key_mask=True))
     everyone = whole.call(whole.tensors(), backend=backend)
     o = whole.operands
     for b in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import widest
 from two_maps import KERNELS, Drawn, assert_accurate, check, evaluate, gated
 
 import lam_kernels
@@ -75,8 +76,11 @@ def test_only_wanted_gradients(grads, backend, dtype):
 
 def test_slices_of_larger_gates_are_exact(backend):
     """A clip shorter than max_len uses [:T, :T] of the gates; the rest gets no gradient."""
-    large = [torch.randn(50, 50, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    drawn = Drawn(gated(Lq=33, dtype="float64", pattern="Toeplitz(5)"))
+    large = [
+        torch.randn(50, 50, dtype=getattr(torch, widest(backend)), requires_grad=True)
+        for _ in range(2)
+    ]
+    drawn = Drawn(gated(Lq=33, dtype=widest(backend), pattern="Toeplitz(5)"))
     o = drawn.operands
     gates = [gate[:33, :33] for gate in large]
     (out,) = drawn.call([o.query, o.key, o.value, *gates], backend=backend)
@@ -93,10 +97,13 @@ def test_slices_of_larger_gates_are_exact(backend):
 
 def test_open_and_closed_gates_are_the_maps(backend):
     """R near 1 is the global map, R near 0 the local one."""
-    drawn = Drawn(gated(Lq=40, dtype="float64", pattern="Toeplitz(5)"))
+    drawn = Drawn(gated(Lq=40, dtype=widest(backend), pattern="Toeplitz(5)"))
     o = drawn.operands
     for size, pattern in ((1e4, None), (-1e4, drawn.pattern)):
-        gates = [torch.full((40, 40), size, dtype=torch.float64), torch.zeros(40, 40).double()]
+        gates = [
+            torch.full((40, 40), size, dtype=getattr(torch, widest(backend))),
+            torch.zeros(40, 40).to(o.query.dtype),
+        ]
         (out,) = drawn.call([o.query, o.key, o.value, *gates], backend=backend)
         same = lam_kernels.masked_attention(
             o.query, o.key, o.value, pattern=pattern, backend=backend
@@ -106,7 +113,9 @@ def test_open_and_closed_gates_are_the_maps(backend):
 
 def test_renormalised_rows_are_weights(backend):
     """With values of one the result is the row sum of the map: 1 with renormalise only."""
-    drawn = Drawn(gated(Lq=40, dtype="float64", pattern="Toeplitz(5)", key_mask=True, fill="dead"))
+    drawn = Drawn(
+        gated(Lq=40, dtype=widest(backend), pattern="Toeplitz(5)", key_mask=True, fill="dead")
+    )
     o = drawn.operands
     ones = torch.ones_like(o.value)
     seen = o.key_mask.any(-1)[:, None, None, None].expand(ones.shape)
@@ -122,7 +131,7 @@ def test_renormalised_rows_are_weights(backend):
 
 def test_batch_mates(backend):
     """A sample's result does not depend on the others of its batch."""
-    drawn = Drawn(gated(B=3, Lq=50, dtype="float64", pattern="Toeplitz(5)", key_mask=True))
+    drawn = Drawn(gated(B=3, Lq=50, dtype=widest(backend), pattern="Toeplitz(5)", key_mask=True))
     o = drawn.operands
     (everyone,) = drawn.call(drawn.tensors(), backend=backend)
     for b in range(3):

@@ -44,7 +44,7 @@ def compile_ahead(version: str, *arguments: str) -> list[dict]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     announced, *records = [json.loads(line) for line in done.stdout.splitlines()]
-    if len(arguments) == 2:  # the whole table
+    if len(arguments) == 4 and arguments[2] == "--op":  # all of an op
         assert len(records) == announced["kernels"]
     assert all(r["triton"].startswith(version) for r in records if version), records[:1]
     return records
@@ -53,7 +53,7 @@ def compile_ahead(version: str, *arguments: str) -> list[dict]:
 def meant_instruction(record: dict) -> str:
     """Warp groups, four warps and 64 rows, have an instruction of their own from sm_90 on."""
     block_m, block_n, warps, _ = record["entry"]
-    rows = block_n if record["kernel"] == "columns" else block_m
+    rows = block_n if record["kernel"].endswith("columns") else block_m
     if record["arch"] == 80 or rows < 64 or warps < 4:
         return "mma.sync"
     return "wgmma.mma_async" if record["arch"] == 90 else "tcgen05.mma"
@@ -85,19 +85,41 @@ VERSIONS = [
 ]
 
 
-@pytest.mark.parametrize(("version", "arch"), VERSIONS)
-def test_every_entry(version, arch):
-    records = compile_ahead(version, "--arch", str(arch))
-    assert {r["kernel"] for r in records} == {*TABLE, "short_forward", "short_backward"}
+# by how the names of an op's kernels begin
+OPS = {
+    op: {kernel for kernel in TABLE if kernel.startswith(op)}
+    for op in ("global_local", "map_gated")
+}
+OPS["masked"] = {*TABLE, "short_forward", "short_backward"}.difference(*OPS.values())
+
+
+def check(op: str, records: list[dict]) -> None:
+    assert {r["kernel"] for r in records} == OPS[op]
     found = [fault for record in records for fault in faults(record)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("version", "arch"), VERSIONS)
+def test_every_entry(version, arch):
+    check("masked", compile_ahead(version, "--arch", str(arch), "--op", "masked"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("version", ["3.6", ""])
+@pytest.mark.parametrize("op", ["global_local", "map_gated"])
+def test_every_entry_of_two_maps(op, version, arch):
+    check(op, compile_ahead(version, "--arch", str(arch), "--op", op))
 
 
 def test_installed_triton_compiles_all_kernels():
-    records = compile_ahead("", "--arch", "90", "--head-dim", "64")
-    assert {r["kernel"] for r in records} == {*TABLE, "short_forward", "short_backward"}
-    found = [fault for record in records for fault in faults(record)]
-    assert not found, "\n".join(found)
+    check("masked", compile_ahead("", "--arch", "90", "--op", "masked", "--head-dim", "64"))
+
+
+@pytest.mark.parametrize("op", ["global_local", "map_gated"])
+def test_oldest_triton_compiles_two_maps(op):
+    shape = ("--head-dim", "64", "--width", "2")
+    check(op, compile_ahead("3.6", "--arch", "90", "--op", op, *shape))
 
 
 def test_a_tile_too_large_is_found():
