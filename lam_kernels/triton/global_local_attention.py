@@ -48,6 +48,7 @@ def two_map_settings(call: _Call, chosen: configurations.Configuration) -> dict:
     """Compile-time constants of these kernels."""
     even = call.Lq % chosen.block_m == 0 and call.Lk % chosen.block_n == 0
     settings = call.settings(chosen) | {
+        "CHUNK_D": configurations.chunk(call.query.element_size()),
         "EVEN": even,
         "HIDES": not even or call.o.key_mask is not None,
     }
@@ -174,6 +175,6 @@ def _launch_tiles(
         global_local_tiles_kernel, sums.own * row_tiles * column_tiles * sums.splits,
         call.o, g, sums.targets, sums.stride, call.scale, call.H, call.Lq, call.Lk,
         row_tiles, column_tiles, sums.batches, sums.heads, sums.splits,
-        CHUNK_D=configurations.chunk(call.query.element_size()), **two_map_settings(call, chosen),
+        **two_map_settings(call, chosen),
     )  # fmt: skip
     sums.finish(grads)

@@ -26,6 +26,7 @@ from .tiles import (
     learned_tile,
     load_rows,
     product_of_rows,
+    product_of_tiles,
     program_mask_tile,
     program_tile,
     row_statistics,
@@ -73,7 +74,7 @@ def _near_slope(
 def global_local_rows_kernel(
     o, g, grad_query, grads, scale, B, H, Lq, Lk, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     ORDER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,13 +92,12 @@ def global_local_rows_kernel(
 
     keys = base_of(o.key, batch, head)
     values = base_of(o.value, batch, head)
-    q = load_rows(base_of(o.query, batch, head), o.query.row, row, Lq, D, BLOCK_D, EVEN)
-    whole_do = load_rows(
-        base_of(g.whole.grad_out, batch, head), g.whole.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN
-    )
-    near_do = load_rows(
-        base_of(g.near.grad_out, batch, head), g.near.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN
-    )
+    queries = base_of(o.query, batch, head)
+    whole_grad_outs = base_of(g.whole.grad_out, batch, head)
+    near_grad_outs = base_of(g.near.grad_out, batch, head)
+    q = load_rows(queries, o.query.row, row, Lq, D, BLOCK_D, EVEN)
+    whole_do = load_rows(whole_grad_outs, g.whole.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN)
+    near_do = load_rows(near_grad_outs, g.near.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN)
     lse, delta = row_statistics(g.whole.lse, g.whole.delta, pair, row, Lq)
     near_lse, near_delta = row_statistics(g.near.lse, g.near.delta, pair, row, Lq)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -109,14 +109,24 @@ def global_local_rows_kernel(
             columns = column[None, :]
             k = load_rows(keys, o.key.row, column, Lk, D, BLOCK_D, EVEN)
             v = load_rows(values, o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            dp = tl.dot(whole_do, tl.trans(v), input_precision=PRECISION)
+            s = product_of_tiles(
+                q, k, queries, o.query.row, row, Lq, keys, o.key.row, column, Lk,
+                D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
+            )  # fmt: skip
+            s = s * scale
+            dp = product_of_tiles(
+                whole_do, v, whole_grad_outs, g.whole.grad_out.row, row, Lq,
+                values, o.value.row, column, Lk, DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+            )  # fmt: skip
             z, visible, multiplier, _, dz = _whole_slope(
                 o, s, dp, batch, head, rows, columns, low, high, Lq, Lk,
                 lse[:, None], delta[:, None], False, HIDES, EVEN,
             )  # fmt: skip
             if PART == 0:
-                dp = tl.dot(near_do, tl.trans(v), input_precision=PRECISION)
+                dp = product_of_tiles(
+                    near_do, v, near_grad_outs, g.near.grad_out.row, row, Lq,
+                    values, o.value.row, column, Lk, DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+                )  # fmt: skip
                 _, more = _near_slope(
                     o, z, dp, batch, head, rows, columns, low, high, Lq, Lk,
                     near_lse[:, None], near_delta[:, None], N_TERMS, CODE, False,
@@ -148,7 +158,7 @@ def global_local_rows_kernel(
 def global_local_columns_kernel(
     o, g, grad_key, grad_value, grads, scale, B, H, Lq, Lk, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     ORDER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,8 +182,10 @@ def global_local_columns_kernel(
     queries = base_of(o.query, batch, head)
     whole_grad_outs = base_of(g.whole.grad_out, batch, head)
     near_grad_outs = base_of(g.near.grad_out, batch, head)
-    k = load_rows(base_of(o.key, batch, head), o.key.row, column, Lk, D, BLOCK_D, EVEN)
-    v = load_rows(base_of(o.value, batch, head), o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
+    keys = base_of(o.key, batch, head)
+    values = base_of(o.value, batch, head)
+    k = load_rows(keys, o.key.row, column, Lk, D, BLOCK_D, EVEN)
+    v = load_rows(values, o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     multiplier_sums = tl.zeros([BLOCK_N], tl.float32)
@@ -185,10 +197,18 @@ def global_local_columns_kernel(
             q = load_rows(queries, o.query.row, row, Lq, D, BLOCK_D, EVEN)
             do = load_rows(whole_grad_outs, g.whole.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN)
             lse, delta = row_statistics(g.whole.lse, g.whole.delta, pair, row, Lq)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            s = product_of_tiles(
+                k, q, keys, o.key.row, column, Lk, queries, o.query.row, row, Lq,
+                D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
+            )  # fmt: skip
+            s = s * scale
             dp = s
             if SLOPES:
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                dp = product_of_tiles(
+                    v, do, values, o.value.row, column, Lk,
+                    whole_grad_outs, g.whole.grad_out.row, row, Lq,
+                    DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+                )  # fmt: skip
             z, visible, multiplier, p, dz = _whole_slope(
                 o, s, dp, batch, head, rows, columns, low, high, Lq, Lk,
                 lse[None, :], delta[None, :], True, HIDES, EVEN,
@@ -199,7 +219,11 @@ def global_local_columns_kernel(
                 do = load_rows(near_grad_outs, g.near.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN)
                 lse, delta = row_statistics(g.near.lse, g.near.delta, pair, row, Lq)
                 if SLOPES:
-                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    dp = product_of_tiles(
+                        v, do, values, o.value.row, column, Lk,
+                        near_grad_outs, g.near.grad_out.row, row, Lq,
+                        DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+                    )  # fmt: skip
                 p, more = _near_slope(
                     o, z, dp, batch, head, rows, columns, low, high, Lq, Lk,
                     lse[None, :], delta[None, :], N_TERMS, CODE, True,

@@ -16,6 +16,7 @@ from .tiles import (
     kept_by_pattern,
     learned_tile,
     load_rows,
+    product_of_tiles,
     program_tile,
     seen_pairs,
     softmax_step,
@@ -36,7 +37,7 @@ class Results(NamedTuple):
 def global_local_forward_kernel(
     o, whole, near, scale, B, H, Lq, Lk, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
     ORDER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +58,8 @@ def global_local_forward_kernel(
 
     keys = base_of(o.key, batch, head)
     values = base_of(o.value, batch, head)
-    q = load_rows(base_of(o.query, batch, head), o.query.row, row, Lq, D, BLOCK_D, EVEN)
+    queries = base_of(o.query, batch, head)
+    q = load_rows(queries, o.query.row, row, Lq, D, BLOCK_D, EVEN)
     largest = tl.full([BLOCK_M], -_INF, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -69,7 +71,11 @@ def global_local_forward_kernel(
             column = part_start(at, near_start, near_length, PART) + tl.arange(0, BLOCK_N)
             columns = column[None, :]
             k = load_rows(keys, o.key.row, column, Lk, D, BLOCK_D, EVEN)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            s = product_of_tiles(
+                q, k, queries, o.query.row, row, Lq, keys, o.key.row, column, Lk,
+                D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
+            )  # fmt: skip
+            s = s * scale
             seen = seen_pairs(o, batch, head, rows, columns, low, high, Lq, Lk, 0, 0, False, EVEN)
             multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
             bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)

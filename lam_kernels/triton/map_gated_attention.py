@@ -33,7 +33,6 @@ _PRODUCTS = {
 def _settings(call: _Call, chosen: configurations.Configuration, renormalise: bool) -> dict:
     kind, precision = _PRODUCTS[call.query.dtype]
     return two_map_settings(call, chosen) | {
-        "CHUNK_D": configurations.chunk(call.query.element_size()),
         "GATE_TYPE": kind,
         "GATE_PRECISION": precision,
         "RENORMALISE": renormalise,

@@ -139,6 +139,22 @@ def product_of_rows(
 
 
 @triton.jit
+def product_of_tiles(
+    left, right, a, a_stride, row, La, b, b_stride, column, Lb,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left right^T of tiles at hand or, where holding them on the way would take more registers
+    than there are, of the rows that they were loaded from (product_of_rows)."""
+    if CHUNK_D >= BLOCK_D:
+        return tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    else:
+        return product_of_rows(
+            a, a_stride, row, La, b, b_stride, column, Lb, D, BLOCK_D, CHUNK_D, EVEN, PRECISION
+        )
+
+
+@triton.jit
 def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, value):
     """Into a contiguous [pairs, L, D]; pair: one number, or one a row."""
     d = tl.arange(0, BLOCK_D)[None, :]
