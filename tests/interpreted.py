@@ -40,7 +40,12 @@ SUBSET: dict[str, list[dict[str, str]]] = {
     ]
     + [{"use": "bias", "axes": axes} for axes in ("1hqk", "11q1", "bh1k", "1111")]
     + [{"use": "gate", "axes": axes} for axes in ("b1qk", "bh11")],
-    "test_pattern": [{}],
+    "test_pattern": [
+        {"pattern": pattern} for pattern in (
+            "BlockDiagonal(50, alignment='end')", "DilatedToeplitz(24, 3)", "Segments(4)",
+            "Causal() & Toeplitz(20)",
+        )
+    ],
     "test_head_dims": [{"D": D} for D in ("1", "24", "96", "256")],
     "test_strides": [
         {"of": of, "layout": layout, "dtype": "float32"}
