@@ -26,7 +26,7 @@ class Backend:
 BACKENDS = (
     Backend("cpu", ("float32", "bfloat16", "float16", "float64"), True, 300),
     # without a GPU in the interpreter, where interpreted.py says which tests an ordinary run takes
-    Backend("triton", ("float32", "bfloat16", "float16"), False, 20, low_rank=False),
+    Backend("triton", ("float32", "bfloat16", "float16"), False, 20),
     Backend(
         "reference", ("float32", "bfloat16", "float16", "float64"), True, 60, double_backward=True
     ),

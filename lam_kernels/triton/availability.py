@@ -53,13 +53,3 @@ def limits(query: Tensor, key: Tensor, *_) -> list[str]:
     """Why attention kernels do not take a call, beyond device and dtype."""
     longest = max(query.shape[2], key.shape[2])
     return [f"takes lengths below {MAX_LENGTH}, got {longest}"] if longest >= MAX_LENGTH else []
-
-
-def masked_attention_limits(
-    query, key, value, multiplier, bias, multiplier_columns, multiplier_offset, bias_columns, *_
-) -> list[str]:
-    """The same for masked_attention, whose kernels take dense masks."""
-    found = limits(query, key)
-    if multiplier_columns is not None or bias_columns is not None:
-        found.append("takes no LowRankMask (its .dense() it does)")
-    return found

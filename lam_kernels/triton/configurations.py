@@ -77,10 +77,20 @@ AMPERE: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
     ("columns", 2, 32): (_C(32, 64, 8, 2),),
     ("columns", 2, 64): (_C(32, 64, 8, 2),),
 }
+# With a low-rank mask, whose factors and their gradients take registers as well.
+LOW_RANK: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
+    ("rows", 2, 128): (_C(64, 32, 8, 2),),
+    ("rows", 4, 32): (_C(16, 32, 4, 2),),
+    ("columns", 2, 32): (_C(32, 64, 8, 2),),
+    ("columns", 2, 64): (_C(32, 64, 8, 2),),
+    ("columns", 2, 128): (_C(32, 32, 8, 2),),
+    ("columns", 4, 32): (_C(32, 16, 4, 1),),
+}
 # (bytes an element, head dim) -> the longest head that one tile takes, and the warps; wider heads
 # fit in none
 SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (2, 128): (64, 4), (4, 32): (64, 8), (4, 64): (32, 4)}
 AMPERE_SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (4, 32): (32, 4), (4, 64): (32, 4)}
+LOW_RANK_SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (4, 32): (32, 4), (4, 64): (32, 4)}
 _INTERPRETED_SHORT = 32
 
 # bytes of shared memory that one program may use, by compute capability (CUDA programming guide)
@@ -104,15 +114,19 @@ class Problem(NamedTuple):
     Lk: int
     pairs: int  # heads of all samples
     ampere: bool = False  # of the device
+    low_rank: bool = False  # a mask is
 
 
 def entries(problem: Problem) -> tuple[Configuration, ...]:
     """What the table has for a problem."""
     step = next(step for step in HEAD_DIMS if problem.head_dim <= step)
-    usual = TABLE[problem.kernel][problem.width, step]
+    at = (problem.kernel, problem.width, step)
+    found = TABLE[problem.kernel][problem.width, step]
     if problem.ampere:
-        return AMPERE.get((problem.kernel, problem.width, step), usual)
-    return usual
+        found = AMPERE.get(at, found)
+    if problem.low_rank:
+        found = LOW_RANK.get(at, found)
+    return found
 
 
 @functools.cache
@@ -167,12 +181,18 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def short(device: torch.device, width: int, head_dim: int) -> tuple[int, int]:
+def short(
+    device: torch.device, width: int, head_dim: int, low_rank: bool = False
+) -> tuple[int, int]:
     """The longest head that one tile takes (0 for none), and the warps of that tile."""
     if device.type == "cpu":
         return _INTERPRETED_SHORT, 4
     step = next(step for step in HEAD_DIMS if head_dim <= step)
-    return (AMPERE_SHORT if ampere(device) else SHORT).get((width, step), (0, 0))
+    return short_table(ampere(device), low_rank).get((width, step), (0, 0))
+
+
+def short_table(ampere: bool, low_rank: bool) -> dict[tuple[int, int], tuple[int, int]]:
+    return LOW_RANK_SHORT if low_rank else AMPERE_SHORT if ampere else SHORT
 
 
 def chunk(width: int) -> int:

@@ -42,6 +42,7 @@ class Operands(NamedTuple):
     attn_mask: Mask | None
     key_mask: Mask | None
     terms: Terms
+    END: None = None  # see masks.py
 
 
 def rows_argument(tensor: Tensor) -> Rows:
@@ -133,13 +134,19 @@ def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, va
 
 
 @triton.jit
-def learned_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
+def learned_tile(
+    mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr,
+    PACKED: tl.constexpr = False, key_batch=0, key_head=0,
+):  # fmt: skip
     """Multiplier or bias in float32; a 1 that nobody uses where there is none (Triton 3.6 returns
     no None)."""
     if mask is None:
         return tl.full([1, 1], 1.0, tl.float32)
     else:
-        return mask_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN).to(tl.float32)
+        tile = mask_tile(
+            mask, batch, head, rows, columns, Lq, Lk, EVEN, PACKED, key_batch, key_head
+        )
+        return tile.to(tl.float32)
 
 
 @triton.jit

@@ -30,13 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from lam_kernels.triton import configurations, masked_attention
-from lam_kernels.triton.configurations import (
-    AMPERE_SHORT,
-    HEAD_DIMS,
-    SHORT,
-    TABLE,
-    Configuration,
-)
+from lam_kernels.triton.configurations import HEAD_DIMS, TABLE, Configuration, short_table
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async")
@@ -71,7 +65,9 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
 
 
-def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, head_dim: int):
+def compiled_launches(
+    arch: int, kernel: str, entry: Configuration, width: int, head_dim: int, rank: int
+):
     """Records of one kernel with one entry: the op is called, the launch of `kernel` compiled."""
     records = []
 
@@ -90,6 +86,7 @@ def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, 
                 "entry": list(entry),
                 "width": width,
                 "head_dim": head_dim,
+                "rank": rank,
                 **resources(compiled),
                 "instructions": {
                     name: len(re.findall(re.escape(name), ptx)) for name in INSTRUCTIONS
@@ -101,33 +98,42 @@ def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, 
     masked_attention.launch = launch
     configurations.choose = lambda *_: entry
     configurations.short = lambda *_: (entry.block_m, entry.warps) if short else (0, 0)
-    call(entry.block_m if short else LONG, head_dim, DTYPES[width])
+    call(entry.block_m if short else LONG, head_dim, DTYPES[width], rank)
     return records
 
 
-def call(L: int, D: int, dtype: torch.dtype) -> None:
+def call(L: int, D: int, dtype: torch.dtype, rank: int) -> None:
+    """With a multiplier that all heads share: dense, or of a rank."""
     B, H = 2, 4
     query, key, value = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(3))
-    mask = torch.empty(1, 1, L, L, dtype=dtype)
-    operands = (query, key, value, mask, *[None] * 7, [], None)
+    mask, columns, offset = torch.empty(1, 1, L, L, dtype=dtype), None, None
+    if rank:
+        mask, columns = (torch.empty(1, 1, L, rank, dtype=dtype) for _ in range(2))
+        offset = torch.empty(1, 1, 1, L, dtype=dtype)
+    operands = (query, key, value, mask, None, columns, offset, *[None] * 4, [], None)
     settings = ([], D**-0.5, 0.0, False)
     out, lse = torch.empty_like(query), torch.empty(B, H, L)
-    needs = [True] * 4 + [False] * 5
+    needs = [x is not None for x in operands[:9]]
     masked_attention.masked_attention_fwd(*operands, *settings)
     masked_attention.masked_attention_bwd(
         torch.empty_like(out), None, *operands, out, lse, *settings, needs
     )
 
 
-def table_entries(arch: int) -> Iterator[tuple[str, Configuration, int, int]]:
-    """(kernel, entry, width, head dim) of everything that may be chosen on an architecture."""
+def table_entries(arch: int, rank: int) -> Iterator[tuple[str, Configuration, int, int]]:
+    """(kernel, entry, width, head dim) of everything that may be chosen on an architecture for a
+    dense mask, or one of a rank."""
     ampere = arch not in (90, 100)
     for kernel, rows in TABLE.items():
+        if rank and kernel == "tiles":  # of dense masks
+            continue
         for width, head_dim in rows:
-            sizes = configurations.Problem(kernel, width, head_dim, LONG, LONG, 8, ampere)
+            sizes = configurations.Problem(
+                kernel, width, head_dim, LONG, LONG, 8, ampere, rank > 0
+            )
             for entry in configurations.entries(sizes):
                 yield kernel, entry, width, head_dim
-    for (width, head_dim), (length, warps) in (AMPERE_SHORT if ampere else SHORT).items():
+    for (width, head_dim), (length, warps) in short_table(ampere, rank > 0).items():
         for kernel in ("short_forward", "short_backward"):
             yield kernel, Configuration(length, length, warps, 1), width, head_dim
 
@@ -138,18 +144,21 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="only this one")
     parser.add_argument("--kernel", help="only this one")
     parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
+    parser.add_argument("--rank", type=int, default=0, help="with a low-rank mask; 0: a dense one")
     parser.add_argument("--entry", type=int, nargs=4, help="this instead of the table's entries")
     given = parser.parse_args()
     driver.set_active(AbsentGPU(given.arch))
     torch.set_num_threads(1)
-    print(json.dumps({"kernels": len(list(table_entries(given.arch)))}), flush=True)
-    for kernel, entry, width, head_dim in table_entries(given.arch):
+    print(json.dumps({"kernels": len(list(table_entries(given.arch, given.rank)))}), flush=True)
+    for kernel, entry, width, head_dim in table_entries(given.arch, given.rank):
         asked = ((given.head_dim, head_dim), (given.kernel, kernel), (given.width, width))
         if any(one not in (None, has) for one, has in asked):
             continue
         if given.entry:
             entry = Configuration(*given.entry)
-        for record in compiled_launches(given.arch, kernel, entry, width, head_dim):
+        for record in compiled_launches(
+            given.arch, kernel, entry, width, head_dim, given.rank
+        ):
             print(json.dumps(record), flush=True)
 
 
