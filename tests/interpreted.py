@@ -13,7 +13,6 @@ def _cases(dtype: str, *names: str) -> list[dict[str, str]]:
     return [{"case": name, "dtype": dtype} for name in names]
 
 
-FILES = ("test_masked_attention", "test_masked_attention_conventions")
 # test function -> values of its parameters beside the backend; one that is not named is any
 SUBSET: dict[str, list[dict[str, str]]] = {
     "test_case": [
@@ -80,6 +79,38 @@ SUBSET: dict[str, list[dict[str, str]]] = {
     "test_double_backward": [{}],
     "test_bad_input": [{"argument": "query"}],
 }  # fmt: skip
+LOW_RANK: dict[str, list[dict[str, str]]] = {
+    "test_case": [
+        *_cases("float32", "keys hidden by the offset"),
+        *_cases("bfloat16", "more keys"),
+        *_cases("float16", "multiplier"),
+    ],
+    "test_only_wanted_gradients": [{"grads": "b"}, {"grads": "q"}],
+    "test_one_factor_alone": [{"wanted": "offset"}],
+    "test_factors_of_three_dtypes": [{}],
+    "test_identity": [{"dtype": "float32"}],
+}
+SCORE: dict[str, list[dict[str, str]]] = {
+    "test_case": [
+        *_cases("float32", "mean", "wide", "sample without keys", "negative scale"),
+        *_cases("bfloat16", "two layers", "mean, add", "one layer", "unequal head dims"),
+        *_cases("float16", "add"),
+    ],
+    "test_only_wanted_gradients": [
+        {"grads": grads, "dtype": "float32"} for grads in ("v", "m", "qm")
+    ],
+    "test_repeats": [{"threads": "1", "heads": "mean"}],
+    "test_a_constant_network_is_plain_attention": [{"fusion": "mul"}],
+    "test_hidden_keys_do_not_reach_the_network": [{}],
+    "test_nothing_to_attend": [{}],
+}
+# file -> its part
+SUBSETS = {
+    "test_masked_attention": SUBSET,
+    "test_masked_attention_conventions": SUBSET,
+    "test_masked_attention_low_rank": LOW_RANK,
+    "test_score_masked_attention": SCORE,
+}
 
 
 def left_out(item) -> str:
@@ -88,9 +119,9 @@ def left_out(item) -> str:
         torch.cuda.is_available() or item.path.parent.name == "triton_kernels"
     ):  # the backend's own tests
         return ""
-    named = item.path.stem in FILES and hasattr(item, "callspec")
-    given = item.callspec.params if named else {}
-    for wanted in SUBSET.get(item.originalname, ()) if given else ():
+    subset = SUBSETS.get(item.path.stem, {})
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    for wanted in subset.get(item.originalname, ()) if given else ():
         if all(str(given.get(name)) == value for name, value in wanted.items()):
             return ""
     return "in the interpreter: a subset here (tests/interpreted.py), all with --full"

@@ -11,6 +11,7 @@ import random
 from functools import lru_cache
 from itertools import pairwise
 
+import pytest
 import torch
 from floors import one_thread
 from problems import random_problem
@@ -170,8 +171,28 @@ def assert_accurate(result: dict[str, Tensor], case: Case) -> None:
 
 
 def check(case: Case, backend: str | None) -> None:
-    """The backend's result for a case is as accurate as its dtype allows."""
-    assert_accurate(evaluate(case, backend), case)
+    """The backend's result for a case is as accurate as its dtype allows.
+
+    A case beyond the backend's limits must be refused, with the reason that explain() gives.
+    """
+    why_not = limits(case, backend)
+    if why_not:
+        with pytest.raises(RuntimeError, match="cannot serve this call") as refused:
+            evaluate(case, backend)
+        assert why_not[0] in str(refused.value)
+    else:
+        assert_accurate(evaluate(case, backend), case)
+
+
+def limits(case: Case, backend: str | None) -> tuple[str, ...]:
+    """Why the backend does not serve a case, () when it does."""
+    if backend in (None, "cpu", "reference"):  # they serve everything
+        return ()
+
+    def explained(*arguments, **keywords):
+        return lam_kernels.explain("score_masked_attention", *arguments, **keywords)
+
+    return Drawn(case).call(explained, backend=backend).reasons[backend]
 
 
 def random_case(seed: int, dtype: str | None = None) -> Case:

@@ -53,3 +53,14 @@ def limits(query: Tensor, key: Tensor, *_) -> list[str]:
     """Why attention kernels do not take a call, beyond device and dtype."""
     longest = max(query.shape[2], key.shape[2])
     return [f"takes lengths below {MAX_LENGTH}, got {longest}"] if longest >= MAX_LENGTH else []
+
+
+MAX_NETWORK_WIDTH = 128  # a layer's weight is one tile
+
+
+def score_masked_attention_limits(query, key, value, parameters, key_mask, widths, *_) -> list[str]:
+    """The same for score_masked_attention, which has every layer on chip."""
+    found = limits(query, key)
+    if max(widths) > MAX_NETWORK_WIDTH:
+        found.append(f"takes hidden widths up to {MAX_NETWORK_WIDTH}, got {widths[1]}")
+    return found

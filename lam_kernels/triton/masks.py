@@ -165,9 +165,19 @@ def _product_tile(
         column = tl.trans(columns)
         total = tl.zeros([rows.shape[0], columns.shape[1]], tl.float32)
     for N in tl.static_range((mask.RANK + mask.factors.BLOCK - 1) // mask.factors.BLOCK):
-        of_rows = _factor_tile(mask, batch, head, row, Lq, N * mask.factors.BLOCK, mask.RANK, mask.factors.BLOCK, EVEN)
+        of_rows = _factor_tile(
+            mask, batch, head, row, Lq, N * mask.factors.BLOCK, mask.RANK, mask.factors.BLOCK, EVEN
+        )
         of_columns = _factor_tile(
-            mask.factors.columns, key_batch, key_head, column, Lk, N * mask.factors.BLOCK, mask.RANK, mask.factors.BLOCK, EVEN
+            mask.factors.columns,
+            key_batch,
+            key_head,
+            column,
+            Lk,
+            N * mask.factors.BLOCK,
+            mask.RANK,
+            mask.factors.BLOCK,
+            EVEN,
         )
         if TRANSPOSED:
             total = _dot(of_columns, tl.trans(of_rows), total)

@@ -96,6 +96,14 @@ def load_rows(base, stride, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN
 
 
 @triton.jit
+def load_chunk(base, stride, row, L, begin, D: tl.constexpr, CHUNK: tl.constexpr):
+    """[len(row), CHUNK] of the head dim from `begin` on, zeros outside [L, D]."""
+    d = begin + tl.arange(0, CHUNK)[None, :]
+    at = base + row.to(tl.int64)[:, None] * stride + d
+    return tl.load(at, mask=(row[:, None] < L) & (d < D), other=0.0)
+
+
+@triton.jit
 def product_of_rows(
     a, a_stride, row, La, b, b_stride, column, Lb,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EVEN: tl.constexpr,
@@ -110,17 +118,8 @@ def product_of_rows(
     else:
         total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
         for begin in range(0, D, CHUNK_D):
-            d = begin + tl.arange(0, CHUNK_D)[None, :]
-            left = tl.load(
-                a + row.to(tl.int64)[:, None] * a_stride + d,
-                mask=(row[:, None] < La) & (d < D),
-                other=0.0,
-            )
-            right = tl.load(
-                b + column.to(tl.int64)[:, None] * b_stride + d,
-                mask=(column[:, None] < Lb) & (d < D),
-                other=0.0,
-            )
+            left = load_chunk(a, a_stride, row, La, begin, D, CHUNK_D)
+            right = load_chunk(b, b_stride, column, Lb, begin, D, CHUNK_D)
             total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
         return total
 
@@ -131,6 +130,23 @@ def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, va
     d = tl.arange(0, BLOCK_D)[None, :]
     at = pointer + (pair.to(tl.int64) * L + row)[:, None] * D + d
     tl.store(at, value.to(pointer.dtype.element_ty), mask=(row[:, None] < L) & (d < D))
+
+
+@triton.jit
+def store_chunk(pointer, pair, row, L, begin, D: tl.constexpr, CHUNK: tl.constexpr, value):
+    """Into a contiguous [pairs, L, D], its head dim from `begin` on."""
+    d = begin + tl.arange(0, CHUNK)[None, :]
+    at = pointer + (pair.to(tl.int64) * L + row)[:, None] * D + d
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=(row[:, None] < L) & (d < D))
+
+
+@triton.jit
+def add_chunk(pointer, pair, row, L, begin, D: tl.constexpr, CHUNK: tl.constexpr, value):
+    """The same, added to what is there: a sum that one program owns."""
+    d = begin + tl.arange(0, CHUNK)[None, :]
+    at = pointer + (pair.to(tl.int64) * L + row)[:, None] * D + d
+    inside = (row[:, None] < L) & (d < D)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + value, mask=inside)
 
 
 @triton.jit

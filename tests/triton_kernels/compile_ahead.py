@@ -12,13 +12,14 @@ front of PYTHONPATH it compiles with that.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -29,8 +30,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lam_kernels.triton import configurations, masked_attention
-from lam_kernels.triton.configurations import HEAD_DIMS, TABLE, Configuration, short_table
+from lam_kernels import Causal, DilatedToeplitz, LowRankMask, Segments, Toeplitz
+from lam_kernels.patterns import encode
+from lam_kernels.triton import configurations, masked_attention, score_masked_attention
+from lam_kernels.triton.configurations import (
+    HEAD_DIMS,
+    SCORE,
+    TABLE,
+    Configuration,
+    short_table,
+)
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async")
@@ -95,9 +104,12 @@ def compiled_launches(
         )
 
     short = kernel.startswith("short")
-    masked_attention.launch = launch
-    configurations.choose = lambda *_: entry
+    masked_attention.launch = score_masked_attention.launch = launch
+    configurations.choose = configurations.score = lambda *_: entry
     configurations.short = lambda *_: (entry.block_m, entry.warps) if short else (0, 0)
+    if kernel in SCORE:
+        score_call(entry.block_n, head_dim, DTYPES[width])
+        return records
     call(entry.block_m if short else LONG, head_dim, DTYPES[width], rank)
     return records
 
@@ -120,6 +132,81 @@ def call(L: int, D: int, dtype: torch.dtype, rank: int) -> None:
     )
 
 
+def score_call(keys: int, D: int, dtype: torch.dtype) -> None:
+    """With a network of two layers, as wide as the keys, on the mean of the heads' scores."""
+    query, key, value = (torch.empty(2, 4, L, D, dtype=dtype) for L in (LONG, keys, keys))
+    seen = torch.ones(2, keys, dtype=torch.bool)
+    operands = (query, key, value, torch.empty(2 * (keys + 1) * keys), seen)
+    settings = ([keys] * 3, D**-0.5, True, True)
+    score_masked_attention.score_masked_attention_fwd(*operands, *settings)
+    score_masked_attention.score_masked_attention_bwd(query, *operands, *settings, [True] * 4)
+
+
+def feature_calls() -> dict[str, Callable[[], None]]:
+    """Calls that between them take every kind of operand, in lengths that fill no tile."""
+    B, H, L, D = 2, 4, 100, 16
+    query, key, value = (torch.empty(B, n, L, D, dtype=torch.bfloat16) for n in (H, 2, 2))
+    seen = torch.ones(B, L, dtype=torch.bool)
+    ids = torch.zeros(1, L, dtype=torch.int64)
+    every = (Causal(), Segments(ids, ids), None, Toeplitz(9) & DilatedToeplitz(60, 3))
+    factors = torch.empty(B, 1, L, 70), torch.empty(1, H, L, 70), torch.empty(1, 1, 1, L)
+    few = (torch.empty(1, H, L, 3, dtype=torch.float16) for _ in range(2))
+    return {
+        "vectors": functools.partial(
+            both_ways, query, key, value, torch.empty(1, H, 1, 1), torch.empty(B, 1, 1, L),
+            key_mask=seen, pattern=Segments(ids, ids) & Causal(), dropout_p=0.1,
+        ),
+        "patterns": functools.partial(
+            both_ways, query, key, value, torch.empty(B, H, L, 1), torch.empty(1, 1, L, L),
+            attn_mask=torch.ones(1, 1, L, L, dtype=torch.bool), pattern=every,
+        ),
+        "low rank": functools.partial(
+            both_ways, query, key, value, LowRankMask(*factors), LowRankMask(*few), key_mask=seen
+        ),
+    }  # fmt: skip
+
+
+def both_ways(
+    query, key, value, multiplier, bias, attn_mask=None, key_mask=None, pattern=None, dropout_p=0.0
+) -> None:
+    """Forward and all gradients, on tensors whose values nobody reads."""
+    flat, segment_ids = encode(pattern, query.shape[1])
+    masks, rest = [], []
+    for mask in (multiplier, bias):
+        low_rank = isinstance(mask, LowRankMask)
+        masks.append(mask.rows if low_rank else mask)
+        rest += [mask.columns, mask.offset] if low_rank else [None, None]
+    rng_state = torch.zeros(2, dtype=torch.int64) if dropout_p else None
+    operands = (
+        query, key, value, *masks, *rest, attn_mask, key_mask, list(segment_ids), rng_state
+    )  # fmt: skip
+    settings = (flat, query.shape[3] ** -0.5, dropout_p, False)
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    needs = [x is not None for x in operands[:9]]
+    masked_attention.masked_attention_fwd(*operands, *settings)
+    masked_attention.masked_attention_bwd(
+        torch.empty_like(out), torch.empty_like(lse), *operands, out, lse, *settings, needs
+    )
+
+
+def compiled_features() -> Iterator[dict]:
+    """One record a call: what was launched, and compiled."""
+    launched: list[str] = []
+
+    def launch(function, _programs, *arguments, **settings):
+        compiled = function.warmup(*arguments, grid=(1,), **settings)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        launched.append(function.__name__.removesuffix("_kernel"))
+
+    masked_attention.launch = launch
+    configurations.choose = lambda *_: Configuration(16, 16, 4, 1)
+    configurations.short = lambda *_: (0, 0)
+    for name, call_it in feature_calls().items():
+        launched.clear()
+        call_it()
+        yield {"triton": triton.__version__, "feature": name, "launched": sorted(set(launched))}
+
+
 def table_entries(arch: int, rank: int) -> Iterator[tuple[str, Configuration, int, int]]:
     """(kernel, entry, width, head dim) of everything that may be chosen on an architecture for a
     dense mask, or one of a rank."""
@@ -128,14 +215,16 @@ def table_entries(arch: int, rank: int) -> Iterator[tuple[str, Configuration, in
         if rank and kernel == "tiles":  # of dense masks
             continue
         for width, head_dim in rows:
-            sizes = configurations.Problem(
-                kernel, width, head_dim, LONG, LONG, 8, ampere, rank > 0
-            )
+            sizes = configurations.Problem(kernel, width, head_dim, LONG, LONG, 8, ampere, rank > 0)
             for entry in configurations.entries(sizes):
                 yield kernel, entry, width, head_dim
     for (width, head_dim), (length, warps) in short_table(ampere, rank > 0).items():
         for kernel in ("short_forward", "short_backward"):
             yield kernel, Configuration(length, length, warps, 1), width, head_dim
+    for kernel, columns in SCORE.items() if rank == 0 else ():
+        for entries in columns.values():
+            for entry in entries:
+                yield kernel, entry, 4, 64
 
 
 def main() -> None:
@@ -146,9 +235,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
     parser.add_argument("--rank", type=int, default=0, help="with a low-rank mask; 0: a dense one")
     parser.add_argument("--entry", type=int, nargs=4, help="this instead of the table's entries")
+    parser.add_argument("--features", action="store_true", help="calls of every kind instead")
     given = parser.parse_args()
     driver.set_active(AbsentGPU(given.arch))
     torch.set_num_threads(1)
+    if given.features:
+        for record in compiled_features():
+            print(json.dumps(record), flush=True)
+        return
     print(json.dumps({"kernels": len(list(table_entries(given.arch, given.rank)))}), flush=True)
     for kernel, entry, width, head_dim in table_entries(given.arch, given.rank):
         asked = ((given.head_dim, head_dim), (given.kernel, kernel), (given.width, width))
@@ -156,9 +250,7 @@ def main() -> None:
             continue
         if given.entry:
             entry = Configuration(*given.entry)
-        for record in compiled_launches(
-            given.arch, kernel, entry, width, head_dim, given.rank
-        ):
+        for record in compiled_launches(given.arch, kernel, entry, width, head_dim, given.rank):
             print(json.dumps(record), flush=True)
 
 
