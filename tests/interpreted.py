@@ -86,7 +86,6 @@ LOW_RANK: dict[str, list[dict[str, str]]] = {
         *_cases("float16", "multiplier"),
     ],
     "test_only_wanted_gradients": [{"grads": "b"}, {"grads": "q"}],
-    "test_one_factor_alone": [{"wanted": "offset"}],
     "test_factors_of_three_dtypes": [{}],
     "test_identity": [{"dtype": "float32"}],
 }
@@ -96,10 +95,7 @@ SCORE: dict[str, list[dict[str, str]]] = {
         *_cases("bfloat16", "two layers", "mean, add", "one layer", "unequal head dims"),
         *_cases("float16", "add"),
     ],
-    "test_only_wanted_gradients": [
-        {"grads": grads, "dtype": "float32"} for grads in ("v", "m", "qm")
-    ],
-    "test_repeats": [{"threads": "1", "heads": "mean"}],
+    "test_only_wanted_gradients": [{"grads": grads, "dtype": "float32"} for grads in ("v", "qm")],
     "test_a_constant_network_is_plain_attention": [{"fusion": "mul"}],
     "test_hidden_keys_do_not_reach_the_network": [{}],
     "test_nothing_to_attend": [{}],

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from . import autotune, configurations
 from .availability import interpreting
+from .factor_gradients import MASKS, any_fold, fold_blocks, make_folds, of_block, sum_parts
 from .masked_attention_backward import (
     Backward,
     MaskGradients,
@@ -52,7 +53,7 @@ from .masked_attention_backward import (
 )
 from .masked_attention_forward import forward_kernel
 from .masked_attention_short import short_backward_kernel, short_forward_kernel
-from .masks import RANK_BLOCK, Fold, Mask, fold_argument, mask_argument
+from .masks import Mask, mask_argument
 from .patterns import Shape, encoded
 from .tiles import Operands, rows_argument
 
@@ -282,10 +283,6 @@ def _zeros(operand: Tensor | None, query: Tensor, wanted: bool) -> Tensor:
     return _empty(operand, query, wanted).zero_()
 
 
-# where the op has each mask among its learned operands: itself (or its rows), columns, offset
-_MASKS = ((3, 5, 6), (4, 7, 8))
-
-
 class _MaskPlan(NamedTuple):
     """Where the gradients of multiplier and bias come from: "own", "rows", "columns", "tiles" or
     "" (not wanted, or folded into those of factors)."""
@@ -313,7 +310,7 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
     plan = _MaskPlan(
         *(
             _source(operands[mask], needs[mask] and operands[columns] is None, call)
-            for mask, columns, _ in _MASKS
+            for mask, columns, _ in MASKS
         )
     )
     if call.shape.N_TERMS:  # tiles that no head sees are never visited
@@ -337,21 +334,21 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
         )  # fmt: skip
     g = Backward(rows_argument(grad_out), lse, delta)
 
-    rows_run = needs[0] or plan.has("rows") or _any_fold("rows", operands, needs)
+    rows_run = needs[0] or plan.has("rows") or any_fold("rows", operands, needs)
     columns_run = needs[1] or needs[2] or plan.has("columns") or needs[6] or needs[8]
-    columns_run = columns_run or _any_fold("columns", operands, needs)
+    columns_run = columns_run or any_fold("columns", operands, needs)
     rows_run = rows_run or (plan.has("own") and not columns_run)
     if rows_run:
         targets, sums = _targets("rows", Lq, plan, True, call, grads)
-        for block, folds in enumerate(_fold_blocks("rows", call, operands, needs, grads)):
-            to = (grads[0] if needs[0] and block == 0 else None, _of_block(block, targets, folds))
+        for block, folds in enumerate(fold_blocks("rows", B, H, operands, needs, grads)):
+            to = (grads[0] if needs[0] and block == 0 else None, of_block(block, targets, folds))
             call.run("rows", functools.partial(_launch_rows, call, g, *to))
         _reduce(sums, grads)
     if columns_run:
         targets, sums = _column_targets(plan, not rows_run, call, grads, needs)
-        for block, folds in enumerate(_fold_blocks("columns", call, operands, needs, grads)):
+        for block, folds in enumerate(fold_blocks("columns", B, H, operands, needs, grads)):
             key_value = (grads[at] if needs[at] and block == 0 else None for at in (1, 2))
-            to = (*key_value, _of_block(block, targets, folds))
+            to = (*key_value, of_block(block, targets, folds))
             call.run("columns", functools.partial(_launch_columns, call, g, *to))
         _reduce(sums, grads)
     if plan.has("tiles"):
@@ -393,8 +390,9 @@ def _run_short(
     g = Backward(rows_argument(grad_out), lse, delta)
     own, rows_sums = _targets("rows", call.Lq, plan, True, call, grads)
     along, columns_sums = _column_targets(plan, False, call, grads, needs)
-    rows_folds, rows_parts = _folds("rows", call, operands, needs, grads)
-    columns_folds, columns_parts = _folds("columns", call, operands, needs, grads)
+    B, H = call.B, call.H
+    rows_folds, rows_parts = make_folds("rows", B, H, operands, needs, grads)
+    columns_folds, columns_parts = make_folds("columns", B, H, operands, needs, grads)
     wanted = any(one is not None for one in (*own, *along, *rows_folds, *columns_folds))
     if any(needs[:3]) or wanted or delta is not None:
         launch(
@@ -406,7 +404,7 @@ def _run_short(
         )  # fmt: skip
     _reduce(rows_sums, grads)
     _reduce(columns_sums, grads)
-    _sum_parts(rows_parts + columns_parts)
+    sum_parts(rows_parts + columns_parts)
     if plan.has("tiles"):
         _run_tiles(call, g, plan, grads)
 
@@ -430,69 +428,11 @@ def _column_targets(
 ) -> tuple[MaskGradients, dict[int, Tensor]]:
     """_targets of the columns pass, with the offsets of low-rank masks."""
     targets, sums = _targets("columns", call.Lk, plan, takes_own, call, grads)
-    for name, (_, _, offset) in zip(("multiplier_sums", "bias_sums"), _MASKS, strict=True):
+    for name, (_, _, offset) in zip(("multiplier_sums", "bias_sums"), MASKS, strict=True):
         if needs[offset]:
             sums[offset] = call.query.new_empty(call.B, call.H, call.Lk, dtype=torch.float32)
             targets = targets._replace(**{name: sums[offset]})
     return targets, sums
-
-
-def _wanted_folds(which: str, operands, needs) -> list[tuple[int, int] | None]:
-    """(the factor whose gradient the rows or columns pass gives, the other one) of each mask."""
-    pairs = [(rows, columns) if which == "rows" else (columns, rows) for rows, columns, _ in _MASKS]
-    given = [operands[columns] is not None for _, columns, _ in _MASKS]
-    return [
-        pair if low_rank and needs[pair[0]] else None
-        for pair, low_rank in zip(pairs, given, strict=True)
-    ]
-
-
-def _any_fold(which: str, operands, needs) -> bool:
-    return any(pair is not None for pair in _wanted_folds(which, operands, needs))
-
-
-def _folds(
-    which: str, call: _Call, operands, needs, grads: list[Tensor], ranks: slice = slice(None)
-) -> tuple[list[Fold | None], list[tuple[Tensor, Tensor]]]:
-    """What a pass folds into factors of multiplier and bias, of some of their ranks, and (gradient,
-    its parts) where a factor is shared: one part a head, to be summed afterwards."""
-    folds, parts = [None, None], []
-    for at, pair in enumerate(_wanted_folds(which, operands, needs)):
-        if pair is None:
-            continue
-        grad, other = grads[pair[0]][..., ranks], operands[pair[1]][..., ranks]
-        if grad.shape[3] == 0:
-            continue
-        to = grad
-        if grad.shape[0] != call.B or grad.shape[1] != call.H:
-            to = grad.new_empty(call.B, call.H, *grad.shape[2:], dtype=torch.float32)
-            parts.append((grad, to))
-        folds[at] = fold_argument(other, to)
-    return folds, parts
-
-
-def _fold_blocks(which: str, call: _Call, operands, needs, grads: list[Tensor]):
-    """The folds of each launch of a pass, at least one; sums parts when it is through."""
-    pairs = _wanted_folds(which, operands, needs)
-    most = max((operands[pair[0]].shape[3] for pair in pairs if pair is not None), default=1)
-    for begin in range(0, most, RANK_BLOCK):
-        ranks = slice(begin, begin + RANK_BLOCK)
-        folds, parts = _folds(which, call, operands, needs, grads, ranks)
-        yield folds
-        _sum_parts(parts)
-
-
-def _sum_parts(parts: list[tuple[Tensor, Tensor]]) -> None:
-    """Over the heads and samples that share a factor, in a fixed order."""
-    for grad, each in parts:
-        axes = [axis for axis in (0, 1) if grad.shape[axis] == 1]
-        grad.copy_(each.sum(axes, keepdim=True))
-
-
-def _of_block(block: int, targets: MaskGradients, folds: list[Fold | None]) -> MaskGradients:
-    """The first launch of a pass gives everything, the next ones only what further ranks need."""
-    mine = targets if block == 0 else MaskGradients(None, None, None, None)
-    return mine._replace(multiplier_fold=folds[0], bias_fold=folds[1])
 
 
 def _reduce(sums: dict[int, Tensor], grads: list[Tensor]) -> None:

@@ -129,8 +129,8 @@ CHECKED = {
     "low rank, short": Problem(
         Lq=20, Lk=18, D=8, multiplier="rank 70: b1 1h 11", bias="rank 3: 1h 11", dtype="bfloat16"
     ),
-    "low rank, local": Problem(
-        B=1, Lq=35, D=8, multiplier="rank 70: 11 1h", bias="1hqk", pattern="Toeplitz(9)"
+    "low rank, blocks of ranks": Problem(
+        B=1, Lq=35, Lk=20, D=8, multiplier="rank 70: 11 1h", grads="m"
     ),
     "low rank, patterns": Problem(
         B=1, Lq=35, D=8, bias="rank 3: 11 bh 11", dropout_p=0.2, pattern=("Causal()", "Segments(3)")
@@ -168,12 +168,12 @@ def test_parts_are_added_in_one_order():
 
 
 def test_a_forgotten_part_is_found(monkeypatch):
-    from lam_kernels.triton import masked_attention
+    from lam_kernels.triton import factor_gradients
 
     def all_but_one(parts):
         for grad, each in parts:
             grad.copy_(each[:, 1:].sum((0, 1), keepdim=True))
 
-    monkeypatch.setattr(masked_attention, "_sum_parts", all_but_one)
+    monkeypatch.setattr(factor_gradients, "sum_parts", all_but_one)
     with pytest.raises(AssertionError, match=r"multiplier\.columns"):
         check(CHECKED["low rank, shared keys"], "triton")
