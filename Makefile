@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: build emulation demo demo-scenes test test-full gpu-check lint fmt bench bench-foundation clean
+.PHONY: build emulation demo demo-scenes test test-full gpu-check lint fmt bench bench-targets clean
 
 # $(call timed,what,command): says what runs, and how many seconds it took.
 define timed
@@ -89,9 +89,10 @@ fmt: $(VENV)/installed
 bench: build
 	$(call timed,bench,$(BIN)/python -m bench run && $(BIN)/python -m bench report --into README.md --picture bench/results/overview.png)
 
-# the held targets of the first milestone, under both allocators
-bench-foundation: build
-	$(call timed,bench,$(BIN)/python -m bench run --set foundation && $(BIN)/python -m bench table --brief --output bench/results/foundation.md)
+# every held target, under both allocators: twenty minutes
+bench-targets: build
+	$(call timed,bench,for set in foundation low-rank windows two-maps; do $(BIN)/python -m bench run --set $$set || exit; done; \
+	  $(BIN)/python -m bench table --brief --output bench/results/targets.md)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def report(args: argparse.Namespace) -> int:
     path = args.results or record.newest()
     rows = record.read(path)
-    runs = [table.choose_run(rows, args.run_id)] if args.run_id else last_runs(rows)
+    runs = [table.choose_run(rows, args.run_id)] if args.run_id else table.last_runs(rows)
     written = write(runs, args.output, path.name)
     for one in written:
         print(one)
@@ -66,19 +66,6 @@ def report(args: argparse.Namespace) -> int:
             text = table.render_short(shown)
             args.into.write_text(table.insert(args.into.read_text(), text))
     return 0
-
-
-def last_runs(rows: list[dict]) -> list[list[dict]]:
-    """The last run of each set, whole sets first; only partial ones where there is no other."""
-    last: dict[str, str] = {}
-    for row in rows:
-        last[row.get("set", "part")] = row["run"]
-    if not last:
-        raise ValueError("there is no measurement in this file")
-    chosen = {name: run for name, run in last.items() if name not in ("part", "smoke")} or last
-    order = {"overview": 0, "workloads": 1, "lengths": 2, "foundation": 3}
-    names = sorted(chosen, key=lambda name: order.get(name, 9))
-    return [[row for row in rows if row["run"] == chosen[name]] for name in names]
 
 
 def png(figure) -> bytes:

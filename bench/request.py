@@ -83,7 +83,8 @@ def add_arguments(run: argparse.ArgumentParser) -> None:
     how.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     how.add_argument("--threads", default="2", help="comma-separated (default: 2)")
     how.add_argument("--allocator", help="comma-separated, of default,kept: glibc as it is; glibc "
-                     "told to keep its memory (default: default; foundation: both)")  # fmt: skip
+                     "told to keep its memory (default: both for a whole set, else default)"
+                     )  # fmt: skip
     how.add_argument("--batch", help="of workloads: a number, or full (default on a CPU: halved "
                      "until a call has 2^24 pairs)")  # fmt: skip
     how.add_argument("--memory", action="store_true",

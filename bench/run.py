@@ -20,7 +20,8 @@ def _run_here_or_apart(args: argparse.Namespace) -> int:
     chosen = request.chosen_cases(args)
     allocators = request.words(args.allocator, record.ALLOCATORS, "--allocator")
     if allocators is None:
-        both = args.set == "foundation" and not (args.case or args.workload or args.quick)
+        asked = (args.case, args.workload, args.op, args.quick)
+        both = args.device == "cpu" and args.set != "smoke" and not any(asked)
         allocators = list(record.ALLOCATORS) if both else ["default"]
     threads = request.threads_of(args.threads)
     for option, value in (("--samples", args.samples), ("--seconds", args.seconds)):

@@ -26,6 +26,19 @@ def choose_run(rows: list[dict], run_id: str | None = None) -> list[dict]:
     return chosen
 
 
+def last_runs(rows: list[dict]) -> list[list[dict]]:
+    """The last run of each set, whole sets first; only partial ones where there is no other."""
+    last: dict[str, str] = {}
+    for row in rows:
+        last[row.get("set", "part")] = row["run"]
+    if not last:
+        raise ValueError("there is no measurement in this file")
+    chosen = {name: run for name, run in last.items() if name not in ("part", "smoke")} or last
+    order = {"overview": 0, "workloads": 1, "lengths": 2, "foundation": 3}
+    names = sorted(chosen, key=lambda name: order.get(name, 9))
+    return [[row for row in rows if row["run"] == chosen[name]] for name in names]
+
+
 _BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -55,10 +68,11 @@ def render_short(rows: list[dict]) -> str:
     parts = [_origin(rows)]
     for section, title in SECTIONS.items():
         mine = [row for row in rows if row.get("section") == section]
-        groups: dict[tuple, dict[str, dict]] = {}
+        groups: _Groups = {}
         for row in mine:
-            key = (row["case"], row["dtype"], row["direction"], row["allocator"], row["threads"])
-            groups.setdefault(key, {})[row["contender"]] = row
+            key = (row["case"], row["dtype"], row["direction"], row["threads"])
+            contenders = groups.setdefault(key, {})
+            contenders.setdefault(row["contender"], {})[row["allocator"]] = row
         if groups:
             memory = any(row["measure"] == "memory" for row in mine)
             parts += [f"**{title}**", (_short_memory if memory else _short_times)(groups)]
@@ -69,7 +83,12 @@ def render_short(rows: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _names(groups: dict[tuple, dict[str, dict]]) -> list[str]:
+_Groups = dict[
+    tuple, dict[str, dict[str, dict]]
+]  # case .. threads -> contender -> allocator -> row
+
+
+def _names(groups: _Groups) -> list[str]:
     return list(dict.fromkeys(n for group in groups.values() for n in group if n != "ours"))
 
 
@@ -78,49 +97,69 @@ def _lines(head: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows)
 
 
-def _described(key: tuple, groups: dict[tuple, dict[str, dict]]) -> str:
-    """Case, problem and direction; allocator and threads where a run has several."""
-    case, _, direction, allocator, threads = key
-    label = next(iter(groups[key].values()))["label"]
-    text = f"{case}: {label}, {_DIRECTIONS[direction]}"
-    if len({other[3] for other in groups}) > 1:
-        text += f", {allocator} allocator"
-    return text + (f", {threads} threads" if len({other[4] for other in groups}) > 1 else "")
+def _described(key: tuple, groups: _Groups) -> str:
+    """Case, problem and direction; threads where a run has several."""
+    case, _, direction, threads = key
+    by_allocator = next(iter(groups[key].values()))
+    text = f"{case}: {next(iter(by_allocator.values()))['label']}, {_DIRECTIONS[direction]}"
+    return text + (f", {threads} threads" if len({other[3] for other in groups}) > 1 else "")
 
 
-def _short_times(groups: dict[tuple, dict[str, dict]]) -> str:
+def _each(by_allocator: dict[str, dict] | None, cell) -> str:
+    """What `cell` says of the row of each allocator, the default one above."""
+    rows = [(by_allocator or {}).get(name) for name in ("default", "kept")]
+    return "<br>".join(cell(row) for row in rows if row is not None)
+
+
+def _short_times(groups: _Groups) -> str:
     """Ours in ms, its share of torch.mm, and ours / each contender."""
+
+    def time(row: dict) -> str:
+        if "median_ms" not in row:
+            return row.get("missing") or row.get("error", "")
+        return ("~" if row["disturbed"] else "") + f"{row['median_ms']:.3g}"
+
+    def share(row: dict) -> str:
+        return f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
+
+    def ratio(row: dict) -> str:
+        return "fails" if "error" in row else _ratio(row)
+
     names = _names(groups)
     body = []
     for key, group in groups.items():
-        mine = group.get("ours", {})
-        cells = [_described(key, groups), key[1]]
-        if "median_ms" in mine:
-            share = f"{mine['share_of_matmul']:.0%}" if "share_of_matmul" in mine else ""
-            cells += [("~" if mine["disturbed"] else "") + f"{mine['median_ms']:.3g}", share]
-        else:
-            cells += [mine.get("missing") or mine.get("error", ""), ""]
-        for name in names:
-            row = group.get(name, {})
-            cells.append("fails" if "error" in row else _ratio(row))
-        body.append(cells)
+        mine = group.get("ours")
+        cells = [_described(key, groups), key[1], _each(mine, time), _each(mine, share)]
+        body.append([*cells, *(_each(group.get(name), ratio) for name in names)])
     return _lines(["case", "dtype", "ours, ms", "of torch.mm", *(f"/ {n}" for n in names)], body)
 
 
-def _short_memory(groups: dict[tuple, dict[str, dict]]) -> str:
+def _short_memory(groups: _Groups) -> str:
     """Peak MiB of every contender."""
+
+    def peak(row: dict) -> str:
+        return f"{row['peak_mib']:.0f}" if "peak_mib" in row else "fails"
+
     names = ["ours", *_names(groups)]
-    body = []
-    for key, group in groups.items():
-        peaks = [f"{group[n]['peak_mib']:.0f}" if "peak_mib" in group.get(n, {}) else "fails"
-                 if n in group else "" for n in names]  # fmt: skip
-        body.append([_described(key, groups), key[1], *peaks])
+    body = [
+        [_described(key, groups), key[1], *(_each(group.get(name), peak) for name in names)]
+        for key, group in groups.items()
+    ]
     return _lines(["peak MiB", "dtype", *names], body)
 
 
 def render_brief(rows: list[dict], run_id: str | None = None) -> str:
+    """The targets of the named run; else those of the last run of each whole set."""
+    if run_id is not None:
+        return _targets(choose_run(rows, run_id))
+    held = [run for run in last_runs(rows) if any("target" in row for row in run)]
+    if not held:
+        raise ValueError("no run here has targets: python -m bench run --set foundation")
+    return "\n".join(f"## {run[0].get('set', 'part')}\n\n{_targets(run)}" for run in held)
+
+
+def _targets(rows: list[dict]) -> str:
     """One line a held comparison: the ratio under both allocator settings beside its target."""
-    rows = choose_run(rows, run_id)
     parts = [_origin(rows)]
     for section, title in SECTIONS.items():
         held = [
@@ -193,8 +232,9 @@ def _origin(rows: list[dict]) -> str:
     ratio = "median" if any("ratio" in row for row in rows) else "ratio of medians"
     return text + (
         f"\nTimes are medians of interleaved samples in ms; ours / contender: {ratio}, 20 and 80 "
-        "percentiles of the ratios within a round. Allocator: default = glibc as it is, kept = "
-        "glibc told to keep its memory. ~ = too few samples without other load: all used."
+        "percentiles of the ratios within a round. Allocator: default (where a cell has two lines, "
+        "the upper one) = glibc as it is, kept = glibc told to keep its memory. ~ = too few "
+        "samples without other load: all used."
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lam_kernels.triton import availability
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -26,7 +28,7 @@ class Backend:
 BACKENDS = (
     Backend("cpu", ("float32", "bfloat16", "float16", "float64"), True, 300),
     # without a GPU in the interpreter, where interpreted.py says which tests an ordinary run takes
-    Backend("triton", ("float32", "bfloat16", "float16"), False, 20, low_rank=False),
+    Backend("triton", ("float32", "bfloat16", "float16"), False, 20),
     Backend(
         "reference", ("float32", "bfloat16", "float16", "float64"), True, 60, double_backward=True
     ),
@@ -56,6 +58,17 @@ def widest(name: str) -> str:
 def rows_for(module: str) -> list[Backend]:
     """The rows whose tests a module has."""
     return [row for row in BACKENDS if not row.modules or module in row.modules]
+
+
+def largest_dtype(name: str) -> str:
+    """In which comparisons are sharpest."""
+    return "float64" if "float64" in BY_NAME[name].dtypes else "float32"
+
+
+def repeats(name: str, count: int) -> int:
+    """How often a test repeats a call: once where one takes long."""
+    slow = name == "reference" or (name == "triton" and availability.interpreting())
+    return 1 if slow else count
 
 
 def why_missing(name: str) -> str:

@@ -57,6 +57,8 @@ def pytest_configure(config):
         torch.exp(torch.linspace(-20, 5, 200_000, dtype=torch.float64))
 
 
+# Last, so that the backends of a case follow one another and find its expected values computed.
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc):
     """`backend`: every row of BACKENDS; `backend` and `dtype`: every dtype of each row."""
     names = metafunc.fixturenames

@@ -137,6 +137,18 @@ STAGES = (
         9.5,
     ),
     Stage(
+        "low rank",
+        "masks given by factors: every case, rank, broadcast and pattern",
+        _pytest(f"{MASKED}_low_rank.py", "-k", "triton"),
+        9.5,
+    ),
+    Stage(
+        "score network",
+        "the mask as a network of the scores",
+        _pytest("tests/ops/test_score_masked_attention.py", "-k", "triton"),
+        9.5,
+    ),
+    Stage(
         "determinism",
         "50 bitwise repeats of every case",
         _pytest(f"{MASKED}_determinism.py", "-k", "triton"),

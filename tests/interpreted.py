@@ -14,7 +14,7 @@ def _cases(dtype: str, *names: str) -> list[dict[str, str]]:
 
 
 # test function -> values of its parameters beside the backend; one that is not named is any
-MASKED: dict[str, list[dict[str, str]]] = {
+SUBSET: dict[str, list[dict[str, str]]] = {
     "test_case": [
         *_cases(
             "float32",
@@ -39,7 +39,12 @@ MASKED: dict[str, list[dict[str, str]]] = {
     ]
     + [{"use": "bias", "axes": axes} for axes in ("1hqk", "11q1", "bh1k", "1111")]
     + [{"use": "gate", "axes": axes} for axes in ("b1qk", "bh11")],
-    "test_pattern": [{}],
+    "test_pattern": [
+        {"pattern": pattern} for pattern in (
+            "BlockDiagonal(50, alignment='end')", "DilatedToeplitz(24, 3)", "Segments(4)",
+            "Causal() & Toeplitz(20)",
+        )
+    ],
     "test_head_dims": [{"D": D} for D in ("1", "24", "96", "256")],
     "test_strides": [
         {"of": of, "layout": layout, "dtype": "float32"}
@@ -74,17 +79,38 @@ MASKED: dict[str, list[dict[str, str]]] = {
     "test_double_backward": [{}],
     "test_bad_input": [{"argument": "query"}],
 }  # fmt: skip
-
-
-# Small problems of these ops, every feature of them, are tests/triton_kernels/test_two_maps.py.
-SUBSET = {
-    "test_masked_attention": MASKED,
-    "test_masked_attention_conventions": MASKED,
-    "test_global_local_attention": {
-        "test_case": _cases("bfloat16", "both masks"),
-        "test_only_wanted_gradients": [{"grads": "k", "dtype": "float32"}],
-    },
-    "test_map_gated_attention": {"test_case": _cases("float16", "other gate dtypes")},
+LOW_RANK: dict[str, list[dict[str, str]]] = {
+    "test_case": [
+        *_cases("float32", "keys hidden by the offset"),
+        *_cases("bfloat16", "more keys"),
+        *_cases("float16", "multiplier"),
+    ],
+    "test_only_wanted_gradients": [{"grads": "b"}, {"grads": "q"}],
+    "test_factors_of_three_dtypes": [{}],
+    "test_identity": [{"dtype": "float32"}],
+}
+SCORE: dict[str, list[dict[str, str]]] = {
+    "test_case": [
+        *_cases("float32", "mean", "wide", "sample without keys", "negative scale"),
+        *_cases("bfloat16", "two layers", "mean, add", "one layer", "unequal head dims"),
+        *_cases("float16", "add"),
+    ],
+    "test_only_wanted_gradients": [{"grads": grads, "dtype": "float32"} for grads in ("v", "qm")],
+    "test_a_constant_network_is_plain_attention": [{"fusion": "mul"}],
+    "test_hidden_keys_do_not_reach_the_network": [{}],
+    "test_nothing_to_attend": [{}],
+}
+# small problems with every feature of these two ops are tests/triton_kernels/test_two_maps.py
+BOTH: dict[str, list[dict[str, str]]] = {"test_case": _cases("bfloat16", "both masks")}
+GATED: dict[str, list[dict[str, str]]] = {"test_case": _cases("bfloat16", "other gate dtypes")}
+# file -> its part
+SUBSETS = {
+    "test_masked_attention": SUBSET,
+    "test_masked_attention_conventions": SUBSET,
+    "test_masked_attention_low_rank": LOW_RANK,
+    "test_score_masked_attention": SCORE,
+    "test_global_local_attention": BOTH,
+    "test_map_gated_attention": GATED,
 }
 
 
@@ -94,9 +120,9 @@ def left_out(item) -> str:
         torch.cuda.is_available() or item.path.parent.name == "triton_kernels"
     ):  # the backend's own tests
         return ""
-    subset = SUBSET.get(item.path.stem, {})
+    subset = SUBSETS.get(item.path.stem, {})
     given = item.callspec.params if hasattr(item, "callspec") else {}
-    for wanted in subset.get(item.originalname, ()):
+    for wanted in subset.get(item.originalname, ()) if given else ():
         if all(str(given.get(name)) == value for name, value in wanted.items()):
             return ""
     return "in the interpreter: a subset here (tests/interpreted.py), all with --full"

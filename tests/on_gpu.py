@@ -39,7 +39,9 @@ def through(kernel, device: str):
     def run(*arguments):
         if arguments[0].device.type == device:
             return kernel(*arguments)
-        return moved(kernel(*moved(arguments, device)), "cpu")
+        found = kernel(*moved(arguments, device))
+        one = isinstance(found, Tensor)
+        return found.cpu() if one else tuple(result.cpu() for result in found)
 
     return run
 

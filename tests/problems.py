@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -47,11 +48,16 @@ def check(problem: Problem, backend: str | None) -> None:
     """
     why_not = limits(problem, backend)
     if why_not:
-        with pytest.raises(RuntimeError, match="cannot serve this call") as refused:
-            evaluate(problem, backend)
-        assert why_not[0] in str(refused.value)
+        assert_refused(why_not, lambda: evaluate(problem, backend))
     else:
         assert_accurate(evaluate(problem, backend), problem)
+
+
+def assert_refused(why_not: tuple[str, ...], call: Callable[[], object]) -> None:
+    """The call raises with the first of the reasons that explain() gives."""
+    with pytest.raises(RuntimeError, match="cannot serve this call") as refused:
+        call()
+    assert why_not[0] in str(refused.value)
 
 
 def limits(problem: Problem, backend: str | None) -> tuple[str, ...]:

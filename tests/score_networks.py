@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 from floors import one_thread
-from problems import random_problem
+from problems import assert_refused, random_problem
 from rounding import rounding_floors
 from tolerance import FACTOR, GRADIENT_FACTOR, violations
 from torch import Tensor
@@ -170,8 +170,26 @@ def assert_accurate(result: dict[str, Tensor], case: Case) -> None:
 
 
 def check(case: Case, backend: str | None) -> None:
-    """The backend's result for a case is as accurate as its dtype allows."""
-    assert_accurate(evaluate(case, backend), case)
+    """The backend's result for a case is as accurate as its dtype allows.
+
+    A case beyond the backend's limits must be refused, with the reason that explain() gives.
+    """
+    why_not = limits(case, backend)
+    if why_not:
+        assert_refused(why_not, lambda: evaluate(case, backend))
+    else:
+        assert_accurate(evaluate(case, backend), case)
+
+
+def limits(case: Case, backend: str | None) -> tuple[str, ...]:
+    """Why the backend does not serve a case, () when it does."""
+    if backend in (None, "cpu", "reference"):  # they serve everything
+        return ()
+
+    def explained(*arguments, **keywords):
+        return lam_kernels.explain("score_masked_attention", *arguments, **keywords)
+
+    return Drawn(case).call(explained, backend=backend).reasons[backend]
 
 
 def random_case(seed: int, dtype: str | None = None) -> Case:

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..low_rank_mask import LowRankMask
 from ..patterns import Pattern, encode
-from ..triton import availability
 from . import _backends, _checks
 from ._autograd import refuse_double_backward
 from ._backends import Explanation, Services
@@ -262,7 +261,7 @@ KERNELS = Services(
     {
         "cpu": cpu_service("masked_attention"),
         "cuda": cuda_service("masked_attention", masked_attention_limits, masked_attention_slower),
-        "triton": triton_service("masked_attention", availability.masked_attention_limits),
+        "triton": triton_service("masked_attention"),
         "reference": reference_service("masked_attention"),
     },
 )

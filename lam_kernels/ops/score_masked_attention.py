@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..triton import availability
 from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
 from ._network import apply_network, network_widths, pack_network
-from ._registration import cpu_service, gradients_like, reference_service, register
+from ._registration import (
+    cpu_service,
+    gradients_like,
+    reference_service,
+    register,
+    triton_service,
+)
 from ._vmap import register_one_by_one
 from .masked_attention import masked_attention
 
@@ -156,6 +163,9 @@ KERNELS = Services(
     "score_masked_attention",
     {
         "cpu": cpu_service("score_masked_attention"),
+        "triton": triton_service(
+            "score_masked_attention", availability.score_masked_attention_limits
+        ),
         "reference": reference_service("score_masked_attention"),
     },
 )

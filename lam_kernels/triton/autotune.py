@@ -65,7 +65,8 @@ def cache_file(device: torch.device) -> Path:
 
 def _key(problem: Problem) -> str:
     sizes = (triton.next_power_of_2(n) for n in (problem.Lq, problem.Lk, problem.pairs))
-    return " ".join(map(str, (problem.kernel, problem.width, problem.head_dim, *sizes)))
+    kernel = f"{problem.kernel}, low rank" if problem.low_rank else problem.kernel
+    return " ".join(map(str, (kernel, problem.width, problem.head_dim, *sizes)))
 
 
 def _entry(values: object) -> Configuration | None:

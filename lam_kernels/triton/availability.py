@@ -55,11 +55,12 @@ def limits(query: Tensor, key: Tensor, *_) -> list[str]:
     return [f"takes lengths below {MAX_LENGTH}, got {longest}"] if longest >= MAX_LENGTH else []
 
 
-def masked_attention_limits(
-    query, key, value, multiplier, bias, multiplier_columns, multiplier_offset, bias_columns, *_
-) -> list[str]:
-    """The same for masked_attention, whose kernels take dense masks."""
+MAX_NETWORK_WIDTH = 128  # a layer's weight is one tile
+
+
+def score_masked_attention_limits(query, key, value, parameters, key_mask, widths, *_) -> list[str]:
+    """The same for score_masked_attention, which has every layer on chip."""
     found = limits(query, key)
-    if multiplier_columns is not None or bias_columns is not None:
-        found.append("takes no LowRankMask (its .dense() it does)")
+    if max(widths) > MAX_NETWORK_WIDTH:
+        found.append(f"takes hidden widths up to {MAX_NETWORK_WIDTH}, got {widths[1]}")
     return found

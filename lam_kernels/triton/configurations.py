@@ -147,11 +147,44 @@ AMPERE: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
     ("columns", 2, 32): (_C(32, 64, 8, 2),),
     ("columns", 2, 64): (_C(32, 64, 8, 2),),
 }
+# With a low-rank mask, whose factors and their gradients take registers as well.
+LOW_RANK: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
+    ("rows", 2, 128): (_C(64, 32, 8, 2),),
+    ("rows", 4, 32): (_C(16, 32, 4, 2),),
+    ("columns", 2, 32): (_C(32, 64, 8, 2),),
+    ("columns", 2, 64): (_C(32, 64, 8, 2),),
+    ("columns", 2, 128): (_C(32, 32, 8, 2),),
+    ("columns", 4, 32): (_C(32, 16, 4, 1),),
+}
+AMPERE_LOW_RANK: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
+    ("forward", 2, 64): (_C(64, 64, 4, 3),),
+    ("rows", 2, 64): (_C(64, 32, 4, 3),),
+    ("columns", 2, 64): (_C(64, 32, 4, 2),),
+}
 # (bytes an element, head dim) -> the longest head that one tile takes, and the warps; wider heads
 # fit in none
 SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (2, 128): (64, 4), (4, 32): (64, 8), (4, 64): (32, 4)}
 AMPERE_SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (4, 32): (32, 4), (4, 64): (32, 4)}
+LOW_RANK_SHORT = {(2, 32): (64, 4), (2, 64): (64, 8), (4, 32): (32, 4), (4, 64): (32, 4)}
 _INTERPRETED_SHORT = 32
+
+# Kernels of score_masked_attention -> columns that hold the keys and every layer of the network ->
+# entries, the widest first; block_n is those columns. The network is float32 whatever the operands.
+SCORE = {
+    "score_masked_forward": {
+        16: (_C(64, 16, 4, 2), _C(16, 16, 4, 2)),
+        32: (_C(64, 32, 4, 2), _C(16, 32, 4, 2)),
+        64: (_C(32, 64, 4, 1), _C(16, 64, 4, 1)),
+        128: (_C(16, 128, 8, 1),),
+    },
+    "score_masked_backward": {
+        16: (_C(16, 16, 4, 1),),
+        32: (_C(16, 32, 4, 1),),
+        64: (_C(16, 64, 8, 1),),
+        128: (_C(16, 128, 16, 1),),
+    },
+}
+SCORE_CHUNK = 64  # of the head dim, at a time
 
 # bytes of shared memory that one program may use, by compute capability (CUDA programming guide)
 SHARED_LIMITS = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
@@ -174,15 +207,21 @@ class Problem(NamedTuple):
     Lk: int
     pairs: int  # heads of all samples
     ampere: bool = False  # of the device
+    low_rank: bool = False  # a mask is
 
 
 def entries(problem: Problem) -> tuple[Configuration, ...]:
     """What the table has for a problem."""
     step = next(step for step in HEAD_DIMS if problem.head_dim <= step)
-    usual = TABLE[problem.kernel][problem.width, step]
+    at = (problem.kernel, problem.width, step)
+    found = TABLE[problem.kernel][problem.width, step]
     if problem.ampere:
-        return AMPERE.get((problem.kernel, problem.width, step), usual)
-    return usual
+        found = AMPERE.get(at, found)
+    if problem.low_rank:
+        found = LOW_RANK.get(at, found)
+    if problem.ampere and problem.low_rank:
+        found = AMPERE_LOW_RANK.get(at, found)
+    return found
 
 
 @functools.cache
@@ -243,12 +282,36 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def short(device: torch.device, width: int, head_dim: int) -> tuple[int, int]:
+def short(
+    device: torch.device, width: int, head_dim: int, low_rank: bool = False
+) -> tuple[int, int]:
     """The longest head that one tile takes (0 for none), and the warps of that tile."""
     if device.type == "cpu":
         return _INTERPRETED_SHORT, 4
     step = next(step for step in HEAD_DIMS if head_dim <= step)
-    return (AMPERE_SHORT if ampere(device) else SHORT).get((width, step), (0, 0))
+    return short_table(ampere(device), low_rank).get((width, step), (0, 0))
+
+
+def short_table(ampere: bool, low_rank: bool) -> dict[tuple[int, int], tuple[int, int]]:
+    return LOW_RANK_SHORT if low_rank else AMPERE_SHORT if ampere else SHORT
+
+
+def score(kernel: str, width: int, Lq: int, device: torch.device) -> Configuration:
+    """The widest entry that is not mostly padding."""
+    entries = SCORE[kernel][width]
+    if device.type == "cpu":
+        return entries[-1]
+    return next((one for one in entries if one.block_m < 2 * Lq), entries[-1])
+
+
+def score_programs(units: int, tiles: int, most: int, device: torch.device) -> tuple[int, int]:
+    """(groups, splits) of the backward pass: programs share the units, then each one's tiles.
+
+    As many as give every multiprocessor two, and not more than `most` of which there is scratch.
+    """
+    programs = max(1, min(2 * _multiprocessors(device), most))
+    groups = min(units, programs)
+    return groups, max(1, min(tiles, programs // groups))
 
 
 def chunk(width: int) -> int:

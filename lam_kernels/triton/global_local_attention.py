@@ -34,13 +34,13 @@ from .masked_attention import (
     _on_device,
     _reduce,
     _run_tiles,
-    _shared_sums,
     _source,
     _targets,
     _unit_last_stride,
     _zeros,
 )
 from .masked_attention_backward import Backward, delta_kernel
+from .shared_masks import shared_sums
 from .tiles import rows_argument
 
 
@@ -170,7 +170,7 @@ def _launch_tiles(
         triton.cdiv(call.Lq, chosen.block_m),
         triton.cdiv(call.Lk, chosen.block_n),
     )
-    sums = _shared_sums(call, which, grads, row_tiles * column_tiles)
+    sums = shared_sums(call, which, grads, row_tiles * column_tiles)
     masked_attention.launch(
         global_local_tiles_kernel, sums.own * row_tiles * column_tiles * sums.splits,
         call.o, g, sums.targets, sums.stride, call.scale, call.H, call.Lq, call.Lk,

@@ -41,6 +41,7 @@ class BothBackward(NamedTuple):
 
     whole: Backward
     near: Backward
+    END: None = None  # see masks.py
 
 
 @triton.jit

@@ -47,6 +47,7 @@ class Gate(NamedTuple):
 class Gates(NamedTuple):
     whole: Gate
     near: Gate
+    END: None = None  # see masks.py
 
 
 class Norms(NamedTuple):

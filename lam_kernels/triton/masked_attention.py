@@ -17,6 +17,14 @@ programs of the rows and columns passes, and a program that looped over them its
 hold one dQ (or dK and dV) a sharer. Seven products in rows and columns passes, nine with tiles.
 The other way to five, dQ or dM by atomic additions, is not bitwise repeatable.
 
+The gradient of a low-rank mask takes no pass of its own: the rows pass has dM of a head tile by
+tile and adds its product with the columns to dRows, the columns pass does the same for dColumns,
+and dOffset is a sum along columns like that of a mask with columns only. 2 x rank multiply-adds a
+pair and head (more by what masks.fold_gradient says) instead of the 4 x D of two passes that own a
+tile of the mask and recompute S and dP of all heads that share it. What is shared is summed
+afterwards in a fixed order, from float32 parts of [B, H, L, at most 64 ranks]; a rank above 64 runs
+both passes again, for the products they need, for each further 64.
+
 Where a mask has few tiles and many sharers the loop is split over several programs, whose partial
 sums (no more elements than query and key have) are added in a fixed order.
 """
@@ -34,6 +42,7 @@ from torch import Tensor
 
 from . import autotune, configurations
 from .availability import interpreting
+from .factor_gradients import MASKS, any_fold, fold_blocks, make_folds, of_block, sum_parts
 from .masked_attention_backward import (
     Backward,
     MaskGradients,
@@ -44,8 +53,9 @@ from .masked_attention_backward import (
 )
 from .masked_attention_forward import forward_kernel
 from .masked_attention_short import short_backward_kernel, short_forward_kernel
-from .masks import Mask, mask_argument
+from .masks import mask_argument
 from .patterns import Shape, encoded
+from .shared_masks import shared_sums
 from .tiles import Operands, rows_argument
 
 if interpreting():
@@ -117,7 +127,7 @@ class _Call(NamedTuple):
         """
         problem = configurations.Problem(
             kernel, width or self.query.element_size(), max(self.D, self.Dv), self.Lq, self.Lk,
-            self.B * self.H, configurations.ampere(self.query.device),
+            self.B * self.H, configurations.ampere(self.query.device), self.low_rank(),
         )  # fmt: skip
         device = self.query.device
         if autotune.enabled():
@@ -125,11 +135,15 @@ class _Call(NamedTuple):
         else:
             launched(configurations.choose(problem, device))
 
+    def low_rank(self) -> bool:
+        masks = (self.o.multiplier, self.o.bias)
+        return any(mask is not None and mask.RANK.value > 0 for mask in masks)
+
     def order(self) -> str:
         """By the first mask that has rows and columns, whose tiles are what programs share."""
         masks = (self.o.multiplier, self.o.bias, self.o.attn_mask)
         for mask in masks:
-            if mask is not None and mask.row is not None and mask.column is not None:
+            if mask is not None and mask.ROWS.value and mask.COLUMNS.value and not mask.RANK.value:
                 shape = mask.pointer.shape
                 return configurations.order((shape[0] == self.B, shape[1] == self.H))
         return configurations.order(None)
@@ -137,7 +151,8 @@ class _Call(NamedTuple):
     def short(self) -> tuple[int, int]:
         """configurations.short of this call."""
         width = self.query.element_size()
-        return configurations.short(self.query.device, width, max(self.D, self.Dv))
+        device, head_dim = self.query.device, max(self.D, self.Dv)
+        return configurations.short(device, width, head_dim, self.low_rank())
 
     def pack(self) -> int:
         """Heads that one tile takes; 0 where a head does not fit in one."""
@@ -169,8 +184,9 @@ def _block_of(width: int) -> int:
 
 def _call(
     query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
-    pattern, scale, dropout_p, gate,
+    pattern, scale, dropout_p, gate, multiplier_factors=(), bias_factors=(),
 ) -> _Call:  # fmt: skip
+    """..._factors: columns and offset of a low-rank mask, if it is one."""
     B, H, Lq, D = query.shape
     Lk, Dv = value.shape[2:]
     query, key, value = (_unit_last_stride(x) for x in (query, key, value))
@@ -181,7 +197,10 @@ def _call(
         key_mask = key_mask.view(torch.uint8)[:, None, None, :]
     operands = Operands(
         *(rows_argument(x) for x in (query, key, value)),
-        *(mask_argument(x) for x in (multiplier, bias, attn_mask, key_mask)),
+        mask_argument(multiplier, *multiplier_factors),
+        mask_argument(bias, *bias_factors),
+        mask_argument(attn_mask),
+        mask_argument(key_mask),
         terms,
     )
     dropout = (0, 0, 0, 1.0)
@@ -206,8 +225,8 @@ def _on_device(tensor: Tensor):
 
 
 def masked_attention_fwd(
-    query, key, value, multiplier, bias, _multiplier_columns, _multiplier_offset, _bias_columns,
-    _bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate,
+    query, key, value, multiplier, bias, multiplier_columns, multiplier_offset, bias_columns,
+    bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op's forward with the op's own arguments."""
     B, H, Lq, _ = query.shape
@@ -218,7 +237,8 @@ def masked_attention_fwd(
         return out.zero_(), lse.fill_(-torch.inf)
     call = _call(
         query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
-        pattern, scale, dropout_p, gate,
+        pattern, scale, dropout_p, gate, (multiplier_columns, multiplier_offset),
+        (bias_columns, bias_offset),
     )  # fmt: skip
     pack = call.pack()
     if pack:
@@ -255,7 +275,7 @@ def masked_attention_bwd(
         return tuple(_zeros(x, query, wanted) for x, wanted in zip(operands, needs, strict=True))
     call = _call(
         query, key, value, multiplier, bias, attn_mask, key_mask, segment_ids, rng_state,
-        pattern, scale, dropout_p, gate,
+        pattern, scale, dropout_p, gate, factors[:2], factors[2:],
     )  # fmt: skip
     grads = [_empty(x, query, wanted) for x, wanted in zip(operands, needs, strict=True)]
     with _on_device(query):
@@ -274,7 +294,7 @@ def _zeros(operand: Tensor | None, query: Tensor, wanted: bool) -> Tensor:
 
 class _MaskPlan(NamedTuple):
     """Where the gradients of multiplier and bias come from: "own", "rows", "columns", "tiles" or
-    "" (not wanted)."""
+    "" (not wanted, or folded into those of factors)."""
 
     multiplier: str
     bias: str
@@ -295,11 +315,11 @@ def _source(mask: Tensor, wanted: bool, call: _Call) -> str:
 
 def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) -> None:
     """Fills grads."""
-    B, H, Lq, Lk = call.B, call.H, call.Lq, call.Lk
+    B, H, Lq = call.B, call.H, call.Lq
     plan = _MaskPlan(
         *(
-            _source(mask, wanted, call)
-            for mask, wanted in zip(operands[3:5], needs[3:5], strict=True)
+            _source(operands[mask], needs[mask] and operands[columns] is None, call)
+            for mask, columns, _ in MASKS
         )
     )
     if call.shape.N_TERMS:  # tiles that no head sees are never visited
@@ -310,7 +330,7 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     pack = call.pack() if call.group == 1 else 0
     if pack:
-        _run_short(call, pack, plan, grads, needs, grad_out, grad_lse, out, lse)
+        _run_short(call, pack, plan, grads, operands, needs, grad_out, grad_lse, out, lse)
         return
     delta = lse
     if any((*needs[:2], *needs[3:])):
@@ -323,59 +343,77 @@ def _run_backward(call, grads, operands, needs, grad_out, grad_lse, out, lse) ->
         )  # fmt: skip
     g = Backward(rows_argument(grad_out), lse, delta)
 
-    columns_run = needs[1] or needs[2] or plan.has("columns")
-    rows_run = needs[0] or plan.has("rows") or (plan.has("own") and not columns_run)
+    rows_run = needs[0] or plan.has("rows") or any_fold("rows", operands, needs)
+    columns_run = needs[1] or needs[2] or plan.has("columns") or needs[6] or needs[8]
+    columns_run = columns_run or any_fold("columns", operands, needs)
+    rows_run = rows_run or (plan.has("own") and not columns_run)
     if rows_run:
         targets, sums = _targets("rows", Lq, plan, True, call, grads)
-
-        def run_rows(chosen: configurations.Configuration) -> None:
-            tiles = call.tiles(Lq, chosen.block_m)
-            launch(
-                rows_kernel, B * H * tiles,
-                call.o, g, grads[0] if needs[0] else None, targets, call.scale, *call.dropout,
-                B, H, call.group, Lq, Lk, tiles, ORDER=call.order(), **call.settings(chosen),
-            )  # fmt: skip
-
-        call.run("rows", run_rows)
+        for block, folds in enumerate(fold_blocks("rows", B, H, operands, needs, grads)):
+            to = (grads[0] if needs[0] and block == 0 else None, of_block(block, targets, folds))
+            call.run("rows", functools.partial(_launch_rows, call, g, *to))
         _reduce(sums, grads)
     if columns_run:
-        # heads that share keys have tiles of one spacing only when they have one pattern
-        stepped = call.shape.STEPPED and (call.group == 1 or call.shape.CODE >= 0)
-        column_targets, sums = _targets("columns", Lk, plan, not rows_run, call, grads)
-
-        def run_columns(chosen: configurations.Configuration) -> None:
-            tiles = call.tiles(Lk, chosen.block_n, None if stepped else 1)
-            settings = call.settings(chosen) | {"STEPPED": stepped}
-            launch(
-                columns_kernel, B * (H // call.group) * tiles,
-                call.o, g, grads[1] if needs[1] else None, grads[2] if needs[2] else None,
-                column_targets, call.scale, *call.dropout, B, H, call.group, Lq, Lk, tiles,
-                ORDER=call.order(), **settings,
-            )  # fmt: skip
-
-        call.run("columns", run_columns)
+        targets, sums = _column_targets(plan, not rows_run, call, grads, needs)
+        for block, folds in enumerate(fold_blocks("columns", B, H, operands, needs, grads)):
+            key_value = (grads[at] if needs[at] and block == 0 else None for at in (1, 2))
+            to = (*key_value, of_block(block, targets, folds))
+            call.run("columns", functools.partial(_launch_columns, call, g, *to))
         _reduce(sums, grads)
     if plan.has("tiles"):
         _run_tiles(call, g, plan, grads)
 
 
+def _launch_rows(
+    call: _Call, g: Backward, grad_query: Tensor | None, targets: MaskGradients,
+    chosen: configurations.Configuration,
+) -> None:  # fmt: skip
+    tiles = call.tiles(call.Lq, chosen.block_m)
+    launch(
+        rows_kernel, call.B * call.H * tiles,
+        call.o, g, grad_query, targets, call.scale, *call.dropout, call.B, call.H, call.group,
+        call.Lq, call.Lk, tiles, ORDER=call.order(), **call.settings(chosen),
+    )  # fmt: skip
+
+
+def _launch_columns(
+    call: _Call, g: Backward, grad_key: Tensor | None, grad_value: Tensor | None,
+    targets: MaskGradients, chosen: configurations.Configuration,
+) -> None:  # fmt: skip
+    # heads that share keys have tiles of one spacing only when they have one pattern
+    stepped = call.shape.STEPPED and (call.group == 1 or call.shape.CODE >= 0)
+    tiles = call.tiles(call.Lk, chosen.block_n, None if stepped else 1)
+    settings = call.settings(chosen) | {"STEPPED": stepped}
+    launch(
+        columns_kernel, call.B * (call.H // call.group) * tiles,
+        call.o, g, grad_key, grad_value, targets, call.scale, *call.dropout, call.B, call.H,
+        call.group, call.Lq, call.Lk, tiles, ORDER=call.order(), **settings,
+    )  # fmt: skip
+
+
 def _run_short(
-    call: _Call, pack: int, plan: _MaskPlan, grads, needs, grad_out, grad_lse, out, lse
+    call: _Call, pack: int, plan: _MaskPlan, grads, operands, needs, grad_out, grad_lse, out, lse
 ) -> None:
     """All gradients in one launch, but those of shared masks."""
     delta = torch.empty_like(lse) if plan.has("tiles") else None
     g = Backward(rows_argument(grad_out), lse, delta)
     own, rows_sums = _targets("rows", call.Lq, plan, True, call, grads)
-    along, columns_sums = _targets("columns", call.Lk, plan, False, call, grads)
-    if any(needs[:3]) or set(plan) - {"", "tiles"} or delta is not None:
+    along, columns_sums = _column_targets(plan, False, call, grads, needs)
+    B, H = call.B, call.H
+    rows_folds, rows_parts = make_folds("rows", B, H, operands, needs, grads)
+    columns_folds, columns_parts = make_folds("columns", B, H, operands, needs, grads)
+    wanted = any(one is not None for one in (*own, *along, *rows_folds, *columns_folds))
+    if any(needs[:3]) or wanted or delta is not None:
         launch(
             short_backward_kernel, triton.cdiv(call.B * call.H, pack),
             call.o, g, out, grad_lse, *(grads[at] if needs[at] else None for at in range(3)),
-            own[:2], own[2:], along[2:], call.scale, *call.dropout, call.B * call.H, call.H,
-            call.group, call.Lq, call.Lk, **call.short_settings(pack),
+            own[:2], own[2:4], along[2:4], tuple(rows_folds), tuple(columns_folds), call.scale,
+            *call.dropout, call.B * call.H, call.H, call.group, call.Lq, call.Lk,
+            **call.short_settings(pack),
         )  # fmt: skip
     _reduce(rows_sums, grads)
     _reduce(columns_sums, grads)
+    sum_parts(rows_parts + columns_parts)
     if plan.has("tiles"):
         _run_tiles(call, g, plan, grads)
 
@@ -392,6 +430,18 @@ def _targets(
             sums[at] = call.query.new_empty(call.B, call.H, length, dtype=torch.float32)
     to_reduce = {3 + at: one for at, one in enumerate(sums) if one is not None}
     return MaskGradients(*own, *sums), to_reduce
+
+
+def _column_targets(
+    plan: _MaskPlan, takes_own: bool, call: _Call, grads: list, needs
+) -> tuple[MaskGradients, dict[int, Tensor]]:
+    """_targets of the columns pass, with the offsets of low-rank masks."""
+    targets, sums = _targets("columns", call.Lk, plan, takes_own, call, grads)
+    for name, (_, _, offset) in zip(("multiplier_sums", "bias_sums"), MASKS, strict=True):
+        if needs[offset]:
+            sums[offset] = call.query.new_empty(call.B, call.H, call.Lk, dtype=torch.float32)
+            targets = targets._replace(**{name: sums[offset]})
+    return targets, sums
 
 
 def _reduce(sums: dict[int, Tensor], grads: list[Tensor]) -> None:
@@ -413,48 +463,6 @@ def _run_tiles(
         call.run(kernel, functools.partial(launched or _launch_tiles, call, g, group, grads))
 
 
-class _SharedSums(NamedTuple):
-    """Where the tiles pass sums the gradients of masks that the same heads and samples share."""
-
-    batches: int  # that share them
-    heads: int
-    own: int  # tiles of one row and column tile: samples x heads of the mask
-    splits: int
-    stride: int  # elements from one partial sum to the next
-    targets: MaskGradients
-    partial: dict[int, Tensor]
-
-    def finish(self, grads: list[Tensor]) -> None:
-        for at, sums in self.partial.items():
-            grads[3 + at].copy_(sums.sum(0))
-
-
-def _shared_sums(call: _Call, which: list[int], grads: list[Tensor], tiles: int) -> _SharedSums:
-    """tiles: row tiles x column tiles."""
-    first = grads[3 + which[0]]
-    batches = call.B if first.shape[0] == 1 else 1
-    heads = call.H if first.shape[1] == 1 else 1
-    own = first.shape[0] * first.shape[1]
-    splits = configurations.splits(
-        own * tiles, batches * heads, first.numel() * len(which),
-        call.B * call.H * (call.Lq + call.Lk) * call.D, call.query.device,
-    )  # fmt: skip
-    targets: list[Mask | None] = [None, None]
-    partial = {}
-    for at in which:
-        grad = grads[3 + at]
-        if splits > 1:
-            make = grad.new_zeros if call.shape.N_TERMS else grad.new_empty
-            partial[at] = make((splits, *grad.shape), dtype=torch.float32)
-            targets[at] = mask_argument(partial[at][0])._replace(pointer=partial[at])
-        else:
-            targets[at] = mask_argument(grad)
-    stride = first.numel()
-    return _SharedSums(
-        batches, heads, own, splits, stride, MaskGradients(*targets, None, None), partial
-    )
-
-
 def _launch_tiles(
     call: _Call,
     g: Backward,
@@ -466,7 +474,7 @@ def _launch_tiles(
     step = call.largest_step if uniform else 1
     row_tiles = call.tiles(call.Lq, chosen.block_m, step)
     column_tiles = triton.cdiv(triton.cdiv(call.Lk, step), chosen.block_n)
-    sums = _shared_sums(call, which, grads, row_tiles * column_tiles)
+    sums = shared_sums(call, which, grads, row_tiles * column_tiles)
     settings = call.settings(chosen) | {
         "STEPPED": call.shape.STEPPED and uniform,
         "CHUNK_D": configurations.chunk(call.query.element_size()),

@@ -2,9 +2,10 @@
 loop in a fixed order: no atomics, bitwise the same every time.
 
     delta_kernel    rowsum(dO * O) - dlse
-    rows_kernel     one program, one tile of query rows, loops over keys: dQ, sums along rows
+    rows_kernel     one program, one tile of query rows, loops over keys: dQ, sums along rows, the
+                    rows of low-rank masks
     columns_kernel  one program, one tile of keys, loops over the query heads that share them and
-                    their rows: dK, dV, sums along columns
+                    their rows: dK, dV, sums along columns, the columns of low-rank masks
     tiles_kernel    one program, one tile of a mask, loops over the heads and samples that share it
 """
 
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .masked_attention_forward import VARYING
-from .masks import Mask, mask_gradient_tile
+from .masks import Fold, Mask, fold_gradient, fold_start, mask_gradient_tile, store_fold
 from .patterns import head_step, key_bounds, tile_range, tile_start
 from .philox import kept_pairs
 from .tiles import (
@@ -41,6 +42,7 @@ class Backward(NamedTuple):
     grad_out: Rows
     lse: Tensor  # float32 [B, H, Lq]
     delta: Tensor  # float32 [B, H, Lq]
+    END: None = None  # see masks.py
 
 
 class MaskGradients(NamedTuple):
@@ -50,6 +52,9 @@ class MaskGradients(NamedTuple):
     bias: Mask | None
     multiplier_sums: Tensor | None  # float32 [B, H, Lq] (rows pass) or [B, H, Lk] (columns pass)
     bias_sums: Tensor | None
+    multiplier_fold: Fold | None = None  # of the low-rank mask's rows (rows pass) or columns
+    bias_fold: Fold | None = None
+    END: None = None
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -80,8 +85,9 @@ def rows_kernel(
     DROPOUT: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr, ORDER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_M rows; with it the gradient of a mask that has its own head and sample, and the
-    sums along rows that a mask without columns needs."""
+    """dQ of BLOCK_M rows; with it the gradient of a mask that has its own head and sample, the sums
+    along rows that a mask without columns needs, and what this head gives to the rows of a low-rank
+    mask."""
     tile, batch, head = program_tile(tiles, B, H, ORDER)
     pair = batch * H + head
     step, shift = head_step(o.terms, head, Lq, Lk, CODE, STEPPED)
@@ -103,6 +109,8 @@ def rows_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     multiplier_sums = tl.zeros([BLOCK_M], tl.float32)
     bias_sums = tl.zeros([BLOCK_M], tl.float32)
+    multiplier_fold = fold_start(grads.multiplier_fold, BLOCK_M)
+    bias_fold = fold_start(grads.bias_fold, BLOCK_M)
     for start in range(begin, stop, BLOCK_N * step):
         column = start + step * tl.arange(0, BLOCK_N)
         columns = column[None, :]
@@ -131,6 +139,15 @@ def rows_kernel(
             multiplier_sums += tl.sum(dm, 1)
         if grads.bias_sums is not None:
             bias_sums += tl.sum(da, 1)
+        if grads.multiplier_fold is not None:
+            multiplier_fold = fold_gradient(
+                grads.multiplier_fold, multiplier_fold, dm, batch, head, column[:, None], Lk, 0,
+                EVEN,
+            )  # fmt: skip
+        if grads.bias_fold is not None:
+            bias_fold = fold_gradient(
+                grads.bias_fold, bias_fold, da, batch, head, column[:, None], Lk, 0, EVEN,
+            )  # fmt: skip
         if grad_query is not None:
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -141,6 +158,10 @@ def rows_kernel(
         tl.store(grads.multiplier_sums + at, multiplier_sums, mask=row < Lq)
     if grads.bias_sums is not None:
         tl.store(grads.bias_sums + at, bias_sums, mask=row < Lq)
+    if grads.multiplier_fold is not None:
+        store_fold(grads.multiplier_fold, batch, head, rows, Lq, 0, multiplier_fold)
+    if grads.bias_fold is not None:
+        store_fold(grads.bias_fold, batch, head, rows, Lq, 0, bias_fold)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -154,7 +175,8 @@ def columns_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head, tiles transposed so that P and dS need no
-    transposition on their way into the products; sums along columns, one vector a query head."""
+    transposition on their way into the products; sums along columns, one vector a query head, and
+    what each query head gives to the columns of a low-rank mask."""
     tile, batch, key_head = program_tile(tiles, B, H // group, ORDER)
     step, shift = head_step(o.terms, key_head * group, Lq, Lk, CODE, STEPPED)
     first = tile_start(tile, Lk, step, BLOCK_N, STEPPED)
@@ -168,6 +190,8 @@ def columns_kernel(
         or grads.bias is not None
         or grads.multiplier_sums is not None
         or grads.bias_sums is not None
+        or grads.multiplier_fold is not None
+        or grads.bias_fold is not None
     )
     k = load_rows(base_of(o.key, batch, key_head), o.key.row, column, Lk, D, BLOCK_D, EVEN)
     v = load_rows(base_of(o.value, batch, key_head), o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
@@ -184,6 +208,8 @@ def columns_kernel(
         grad_outs = base_of(g.grad_out, batch, head)
         multiplier_sums = tl.zeros([BLOCK_N], tl.float32)
         bias_sums = tl.zeros([BLOCK_N], tl.float32)
+        multiplier_fold = fold_start(grads.multiplier_fold, BLOCK_N)
+        bias_fold = fold_start(grads.bias_fold, BLOCK_N)
         for start in range(begin, stop, BLOCK_M * step):
             row = start + step * tl.arange(0, BLOCK_M)
             rows = row[None, :]
@@ -217,6 +243,15 @@ def columns_kernel(
                 multiplier_sums += tl.sum(dm, 1)
             if grads.bias_sums is not None:
                 bias_sums += tl.sum(da, 1)
+            if grads.multiplier_fold is not None:
+                multiplier_fold = fold_gradient(
+                    grads.multiplier_fold, multiplier_fold, dm, batch, head, row[:, None], Lq, 0,
+                    EVEN,
+                )  # fmt: skip
+            if grads.bias_fold is not None:
+                bias_fold = fold_gradient(
+                    grads.bias_fold, bias_fold, da, batch, head, row[:, None], Lq, 0, EVEN,
+                )  # fmt: skip
             if grad_value is not None:
                 if DROPOUT:
                     p = tl.where(kept, p * keep_scale, 0.0)
@@ -228,6 +263,10 @@ def columns_kernel(
             tl.store(grads.multiplier_sums + at, multiplier_sums, mask=column < Lk)
         if grads.bias_sums is not None:
             tl.store(grads.bias_sums + at, bias_sums, mask=column < Lk)
+        if grads.multiplier_fold is not None:
+            store_fold(grads.multiplier_fold, batch, head, columns, Lk, 0, multiplier_fold)
+        if grads.bias_fold is not None:
+            store_fold(grads.bias_fold, batch, head, columns, Lk, 0, bias_fold)
 
     key_pair = batch * (H // group) + key_head
     if grad_key is not None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .masked_attention_forward import VARYING
-from .masks import mask_gradient_tile
+from .masks import fold_gradient, fold_start, mask_gradient_tile, store_fold
 from .patterns import key_bounds
 from .philox import kept_pairs
 from .tiles import (
@@ -71,6 +71,20 @@ def _seen(
     return seen
 
 
+@triton.jit
+def _store_folded(
+    fold, slope, batch, head, at, L, other_batch, other_head, other_at, other_L, N: tl.constexpr
+):
+    """A factor's gradient at the positions `at`, from those of the other factor."""
+    for BLOCK in tl.static_range((fold.RANK + fold.BLOCK - 1) // fold.BLOCK):
+        begin = BLOCK * fold.BLOCK
+        total = fold_start(fold, N)
+        total = fold_gradient(
+            fold, total, slope, other_batch, other_head, other_at, other_L, begin, False
+        )
+        store_fold(fold, batch, head, at, L, begin, total)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def short_forward_kernel(
     o, out, lse, scale, seed, offset, threshold, keep_scale, pairs, H, group, Lq, Lk,
@@ -87,20 +101,26 @@ def short_forward_kernel(
     tile_batch = _down(batch, PACK)
     tile_head = _down(head, PACK)
     key_batch = _down(column_batch, PACK)
-    key_head = _down(column_head, PACK) // group
+    key_head = _down(column_head, PACK)
 
     q = load_rows(base_of(o.query, tile_batch, tile_head), o.query.row, row, Lq, D, BLOCK_D, False)
-    k = load_rows(base_of(o.key, key_batch, key_head), o.key.row, column, Lk, D, BLOCK_D, False)
+    k = load_rows(
+        base_of(o.key, key_batch, key_head // group), o.key.row, column, Lk, D, BLOCK_D, False
+    )
     v = load_rows(
-        base_of(o.value, key_batch, key_head), o.value.row, column, Lk, DV, BLOCK_DV, False
+        base_of(o.value, key_batch, key_head // group), o.value.row, column, Lk, DV, BLOCK_DV, False
     )
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     seen = _seen(
         o, tile_batch, tile_head, row, column, row_member, column_member, Lq, Lk,
         N_TERMS, CODE, PACK,
     )  # fmt: skip
-    multiplier = learned_tile(o.multiplier, tile_batch, tile_head, rows, columns, Lq, Lk, False)
-    bias = learned_tile(o.bias, tile_batch, tile_head, rows, columns, Lq, Lk, False)
+    multiplier = learned_tile(
+        o.multiplier, tile_batch, tile_head, rows, columns, Lq, Lk, False, True, key_batch, key_head
+    )
+    bias = learned_tile(
+        o.bias, tile_batch, tile_head, rows, columns, Lq, Lk, False, True, key_batch, key_head
+    )
     _, z, _ = fused_scores(o, s, seen, multiplier, bias, GATE, True)
 
     largest = tl.max(z, 1)
@@ -125,7 +145,7 @@ def short_forward_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def short_backward_kernel(
     o, g, out, grad_lse, grad_query, grad_key, grad_value, own, rows_sums, columns_sums,
-    scale, seed, offset, threshold, keep_scale, pairs, H, group, Lq, Lk,
+    rows_folds, columns_folds, scale, seed, offset, threshold, keep_scale, pairs, H, group, Lq, Lk,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PACK: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, GATE: tl.constexpr, DROPOUT: tl.constexpr,
@@ -133,7 +153,8 @@ def short_backward_kernel(
 ):  # fmt: skip
     """All gradients of PACK heads, and delta for the tiles pass that sums those of shared masks.
 
-    own, rows_sums, columns_sums: (multiplier, bias), each None where not wanted. group is 1.
+    own, rows_sums, columns_sums, rows_folds, columns_folds: (multiplier, bias), each None where not
+    wanted. group is 1.
     """
     row_member, row, pair, batch, head = _packed_axis(pairs, H, Lq, BLOCK_M, PACK)
     column_member, column, column_pair, column_batch, column_head = _packed_axis(
@@ -177,8 +198,12 @@ def short_backward_kernel(
         o, tile_batch, tile_head, row, column, row_member, column_member, Lq, Lk,
         N_TERMS, CODE, PACK,
     )  # fmt: skip
-    multiplier = learned_tile(o.multiplier, tile_batch, tile_head, rows, columns, Lq, Lk, False)
-    bias = learned_tile(o.bias, tile_batch, tile_head, rows, columns, Lq, Lk, False)
+    multiplier = learned_tile(
+        o.multiplier, tile_batch, tile_head, rows, columns, Lq, Lk, False, True, key_batch, key_head
+    )
+    bias = learned_tile(
+        o.bias, tile_batch, tile_head, rows, columns, Lq, Lk, False, True, key_batch, key_head
+    )
     p, ds, dm, da = slopes(
         o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, True
     )
@@ -207,3 +232,13 @@ def short_backward_kernel(
         if columns_sums[WHICH] is not None:
             below = column_pair.to(tl.int64) * Lk + column
             tl.store(columns_sums[WHICH] + below, tl.sum(slope, 0), mask=column < Lk)
+        if rows_folds[WHICH] is not None:
+            _store_folded(
+                rows_folds[WHICH], slope, tile_batch, tile_head, rows, Lq,
+                key_batch, key_head, column[:, None], Lk, BLOCK_M,
+            )  # fmt: skip
+        if columns_folds[WHICH] is not None:
+            _store_folded(
+                columns_folds[WHICH], tl.trans(slope), key_batch, key_head, column[:, None], Lk,
+                tile_batch, tile_head, rows, Lq, BLOCK_N,
+            )  # fmt: skip

@@ -48,6 +48,7 @@ class Terms(NamedTuple):
     step: int
     step_shift: int  # Lk - Lq when the term with that dilation counts from the end
     segments: Segments | None
+    END: None = None  # see masks.py
 
 
 class Segments(NamedTuple):

@@ -42,6 +42,7 @@ class Operands(NamedTuple):
     attn_mask: Mask | None
     key_mask: Mask | None
     terms: Terms
+    END: None = None  # see masks.py
 
 
 def rows_argument(tensor: Tensor) -> Rows:
@@ -109,6 +110,14 @@ def load_rows(base, stride, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN
 
 
 @triton.jit
+def load_chunk(base, stride, row, L, begin, D: tl.constexpr, CHUNK: tl.constexpr):
+    """[len(row), CHUNK] of the head dim from `begin` on, zeros outside [L, D]."""
+    d = begin + tl.arange(0, CHUNK)[None, :]
+    at = base + row.to(tl.int64)[:, None] * stride + d
+    return tl.load(at, mask=(row[:, None] < L) & (d < D), other=0.0)
+
+
+@triton.jit
 def product_of_rows(
     a, a_stride, row, La, b, b_stride, column, Lb,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, EVEN: tl.constexpr,
@@ -123,17 +132,8 @@ def product_of_rows(
     else:
         total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
         for begin in range(0, D, CHUNK_D):
-            d = begin + tl.arange(0, CHUNK_D)[None, :]
-            left = tl.load(
-                a + row.to(tl.int64)[:, None] * a_stride + d,
-                mask=(row[:, None] < La) & (d < D),
-                other=0.0,
-            )
-            right = tl.load(
-                b + column.to(tl.int64)[:, None] * b_stride + d,
-                mask=(column[:, None] < Lb) & (d < D),
-                other=0.0,
-            )
+            left = load_chunk(a, a_stride, row, La, begin, D, CHUNK_D)
+            right = load_chunk(b, b_stride, column, Lb, begin, D, CHUNK_D)
             total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
         return total
 
@@ -163,13 +163,36 @@ def store_rows(pointer, pair, row, L, D: tl.constexpr, BLOCK_D: tl.constexpr, va
 
 
 @triton.jit
-def learned_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr):
+def store_chunk(pointer, pair, row, L, begin, D: tl.constexpr, CHUNK: tl.constexpr, value):
+    """Into a contiguous [pairs, L, D], its head dim from `begin` on."""
+    d = begin + tl.arange(0, CHUNK)[None, :]
+    at = pointer + (pair.to(tl.int64) * L + row)[:, None] * D + d
+    tl.store(at, value.to(pointer.dtype.element_ty), mask=(row[:, None] < L) & (d < D))
+
+
+@triton.jit
+def add_chunk(pointer, pair, row, L, begin, D: tl.constexpr, CHUNK: tl.constexpr, value):
+    """The same, added to what is there: a sum that one program owns."""
+    d = begin + tl.arange(0, CHUNK)[None, :]
+    at = pointer + (pair.to(tl.int64) * L + row)[:, None] * D + d
+    inside = (row[:, None] < L) & (d < D)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + value, mask=inside)
+
+
+@triton.jit
+def learned_tile(
+    mask, batch, head, rows, columns, Lq, Lk, EVEN: tl.constexpr,
+    PACKED: tl.constexpr = False, key_batch=0, key_head=0,
+):  # fmt: skip
     """Multiplier or bias in float32; a 1 that nobody uses where there is none (Triton 3.6 returns
     no None)."""
     if mask is None:
         return tl.full([1, 1], 1.0, tl.float32)
     else:
-        return mask_tile(mask, batch, head, rows, columns, Lq, Lk, EVEN).to(tl.float32)
+        tile = mask_tile(
+            mask, batch, head, rows, columns, Lq, Lk, EVEN, PACKED, key_batch, key_head
+        )
+        return tile.to(tl.float32)
 
 
 @triton.jit

@@ -1,10 +1,12 @@
 """The CUDA paths on a stand-in for torch.cuda, and on a device where there is one."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from bench import memory, timing
-from bench.contender import captured, contender
+from bench.contender import Contender, captured, contender
 from bench.ops import masked_attention as page
 from bench.timing import Runner
 from python_ref.inputs import Problem
@@ -74,6 +76,80 @@ def test_samples_are_interleaved_one_call_each():
     ]
     assert series["a"].repeats == 1
     assert timing.ratio(series["a"], series["b"]) == pytest.approx((0.5, 0.5, 0.5))
+
+
+class GraphStandIn:
+    """torch.cuda's streams and graphs: what is called while one is captured is run by replay."""
+
+    def __init__(self):
+        self.order, self.capturing = [], False
+
+    def Stream(self):
+        return self
+
+    def current_stream(self):
+        return self
+
+    def wait_stream(self, other):
+        self.order.append("wait")
+
+    @contextmanager
+    def stream(self, stream):
+        self.order.append("side")
+        yield
+        self.order.append("main")
+
+    def CUDAGraph(self):
+        return self
+
+    @contextmanager
+    def graph(self, graph):
+        self.capturing = True
+        yield
+        self.capturing = False
+
+    def replay(self):
+        self.order.append("replay")
+
+
+def test_a_graph_is_captured_once_after_a_warm_up_beside_the_main_stream(monkeypatch):
+    cuda, made = GraphStandIn(), []
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+
+    def run():
+        cuda.order.append("captured call" if cuda.capturing else "call")
+        made.append(object())
+        return made[-1]
+
+    one = captured(Contender("eager", None, {}, run, None), warm_up_calls=2)
+    assert cuda.order == ["wait", "side", "call", "call", "main", "wait", "captured call"]
+    assert one.run() is one.run() is made[2]  # the memory that the graph writes
+    assert cuda.order[7:] == ["replay", "replay"]
+
+
+def test_the_peak_is_what_the_allocator_counts_beyond_what_was_there(monkeypatch):
+    now, most = [5 * 2**20], [0]
+
+    def allocate(mib):
+        now[0] += mib * 2**20
+        most[0] = max(most[0], now[0])
+
+    def reset():
+        most[0] = now[0]
+
+    most[0] = 900 * 2**20  # of an earlier call
+    for name, answer in (
+        ("synchronize", lambda: None), ("memory_allocated", lambda: now[0]),
+        ("reset_peak_memory_stats", reset), ("max_memory_allocated", lambda: most[0]),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+    def call():
+        allocate(64)
+        allocate(-61)
+
+    assert memory.cuda_peak_mib(call) == (64, 3)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

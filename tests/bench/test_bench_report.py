@@ -144,6 +144,17 @@ def test_the_short_table():
         assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
 
 
+def test_the_short_table_has_both_allocators_in_a_cell():
+    rows = [
+        timed(ms, allocator=allocator, **extra)
+        for allocator, ms in (("default", 2.0), ("kept", 3.0))
+        for extra in ({}, {"contender": "eager", "ours_over_this": ms / 4})
+    ]
+    (line,) = (one for one in table.render_short(rows).splitlines() if "| fp32 |" in one)
+    assert line.split(" | ")[2] == "2<br>3"
+    assert line.endswith("| 0.50<br>0.75 |")
+
+
 def test_the_readme_is_refreshed_between_its_markers(tmp_path):
     path, readme = tmp_path / "rows.jsonl", tmp_path / "README.md"
     record.append(path, _rows())
@@ -161,10 +172,10 @@ def test_the_readme_is_refreshed_between_its_markers(tmp_path):
 def test_the_last_run_of_each_whole_set_is_shown():
     rows = [timed(1.0, run="old"), timed(1.0, run="new"), timed(1.0, run="held", set="foundation"),
             timed(1.0, run="tuning", set="part")]  # fmt: skip
-    assert [run[0]["run"] for run in report.last_runs(rows)] == ["new", "held"]
-    assert [run[0]["run"] for run in report.last_runs(rows[3:])] == ["tuning"]
+    assert [run[0]["run"] for run in table.last_runs(rows)] == ["new", "held"]
+    assert [run[0]["run"] for run in table.last_runs(rows[3:])] == ["tuning"]
     with pytest.raises(ValueError, match="no measurement"):
-        report.last_runs([])
+        table.last_runs([])
 
 
 @pytest.mark.parametrize(

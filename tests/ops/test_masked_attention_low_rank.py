@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import BY_NAME
+from backends import BY_NAME, largest_dtype, repeats
 from problems import HEAD_DIMS, check, evaluate, random_low_rank_problem
 from test_masked_attention import PATTERNS
 from tolerance import assert_accurate
@@ -153,7 +153,8 @@ def test_factors_of_three_dtypes(backend):
 @pytest.mark.parametrize("use", ["multiplier", "bias"])
 def test_is_its_dense_form(use, backend):
     """The factors' gradients are those that autograd gives through .dense()."""
-    p = Problem(B=3, Lq=65, **{use: "rank 5: b1 1h 11"}, lse_grad=True, dtype="float64")
+    dtype = largest_dtype(backend)
+    p = Problem(B=3, Lq=65, **{use: "rank 5: b1 1h 11"}, lse_grad=True, dtype=dtype)
     one = evaluate(p, backend)
     o = p.operands()
     mask = getattr(o, use)
@@ -238,7 +239,7 @@ def test_repeats(threads, backend):
     ):
         check(problem, backend)
         first = evaluate(problem, backend)
-        for _ in range(10 if backend != "reference" else 1):
+        for _ in range(repeats(backend, 10)):
             again = evaluate(problem, backend)
             for name, tensor in first.items():
                 assert torch.equal(tensor, again[name]), name

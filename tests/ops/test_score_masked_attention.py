@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from backends import BY_NAME
+from backends import BY_NAME, largest_dtype, repeats
 from score_networks import Case, Drawn, assert_accurate, case, check, evaluate, random_case
 
 import lam_kernels
@@ -96,7 +96,8 @@ def test_random_cases(first, backend):
 @pytest.mark.parametrize("fusion", ["mul", "add"])
 def test_a_constant_network_is_plain_attention(fusion, backend):
     """Last weight 0: M is the last bias, whatever the scores (the identity start of the LAM)."""
-    drawn = Drawn(case(Lq=33, Lk=20, fusion=fusion, dtype="float64", key_mask=True))
+    dtype = largest_dtype(backend)
+    drawn = Drawn(case(Lq=33, Lk=20, fusion=fusion, dtype=dtype, key_mask=True))
     o, (*_, last), (*_, bias) = drawn.operands, drawn.weights, drawn.biases
     with torch.no_grad():
         last.zero_()
@@ -130,7 +131,7 @@ def test_more_keys_are_composed(fusion, heads, backend):
 
 
 def test_batch_mates(backend):
-    drawn = Drawn(case(B=3, Lq=20, Lk=20, dtype="float64", key_mask=True))
+    drawn = Drawn(case(B=3, Lq=20, Lk=20, dtype=largest_dtype(backend), key_mask=True))
     o = drawn.operands
     everyone = drawn.call(backend=backend)
     for b in range(3):
@@ -163,12 +164,14 @@ def test_repeats(heads, threads, backend):
         one = case(B=3, H=2, Lq=130, Lk=32, heads=heads, hidden=32, dtype=dtype)
         check(one, backend)
         first = evaluate(one, backend)
-        for _ in range(5 if backend != "reference" else 1):
+        for _ in range(repeats(backend, 5)):
             for name, tensor in evaluate(one, backend).items():
                 assert torch.equal(first[name], tensor), name
 
 
 def test_gradcheck(backend):
+    if "float64" not in BY_NAME[backend].dtypes:
+        pytest.skip(f"{backend} has no float64")
     sizes = {"B": 2, "H": 2, "Lq": 3, "Lk": 4, "D": 3, "Dv": 2, "dtype": "float64"}
     for heads, fusion in (("each", "mul"), ("mean", "add")):
         drawn = Drawn(case(depth=2, hidden=5, heads=heads, fusion=fusion, key_mask=True, **sizes))

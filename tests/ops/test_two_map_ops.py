@@ -108,7 +108,7 @@ def test_written_out_backward_of_the_reference(case):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("start", range(3))
 def test_random_problems(op, start, backend, request):
-    count = 200 if request.config.getoption("full") else 12 if backend != "reference" else 3
+    count = 200 if request.config.getoption("full") else 6 if backend != "reference" else 2
     failures = []
     for number in range(start * 1000, start * 1000 + count):
         case = random_case(op, number)
@@ -151,7 +151,7 @@ def main(level: str) -> None:
     if _native.level() != level:
         print(f"asked for {level}, runs {_native.level()}")
     for op in OPS:
-        for number in range(50_000, 50_010):
+        for number in range(50_000, 50_005):
             case = random_case(op, number, "bfloat16" if level.startswith("amx") else None)
             try:
                 check(case, "cpu")

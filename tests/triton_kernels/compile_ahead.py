@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that are not there; one line of JSON a kernel.
 
-    python tests/triton_kernels/compile_ahead.py --arch 90 [--op masked] [--head-dim 64] [...]
+    python tests/triton_kernels/compile_ahead.py --arch 90 [--head-dim 64] [--kernel forward]
 
 The op's own host code makes every launch; only the launch itself is replaced by a compilation, so
 what is compiled is what would run: the same arguments, specialised by Triton the same way. Each
@@ -12,13 +12,14 @@ front of PYTHONPATH it compiles with that.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -29,24 +30,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from lam_kernels.patterns import Toeplitz, encode
+from lam_kernels import Causal, DilatedToeplitz, LowRankMask, Segments, Toeplitz
+from lam_kernels.patterns import encode
 from lam_kernels.triton import (
     configurations,
     global_local_attention,
     map_gated_attention,
     masked_attention,
+    score_masked_attention,
 )
 from lam_kernels.triton.configurations import (
-    AMPERE_SHORT,
     HEAD_DIMS,
-    SHORT,
+    SCORE,
     TABLE,
     Configuration,
+    short_table,
 )
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async")
 LONG = 1024
+TWO_MAPS = ("global_local", "map_gated")  # how the names of their kernels begin
 
 
 class AbsentGPU:
@@ -77,7 +81,9 @@ def resources(compiled) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
 
 
-def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, head_dim: int):
+def compiled_launches(
+    arch: int, kernel: str, entry: Configuration, width: int, head_dim: int, rank: int
+):
     """Records of one kernel with one entry: the op is called, the launch of `kernel` compiled."""
     records = []
 
@@ -96,6 +102,7 @@ def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, 
                 "entry": list(entry),
                 "width": width,
                 "head_dim": head_dim,
+                "rank": rank,
                 **resources(compiled),
                 "instructions": {
                     name: len(re.findall(re.escape(name), ptx)) for name in INSTRUCTIONS
@@ -104,97 +111,198 @@ def compiled_launches(arch: int, kernel: str, entry: Configuration, width: int, 
         )
 
     short = kernel.startswith("short")
-    masked_attention.launch = launch
-    configurations.choose = lambda *_: entry
+    masked_attention.launch = score_masked_attention.launch = launch
+    configurations.choose = configurations.score = lambda *_: entry
     configurations.short = lambda *_: (entry.block_m, entry.warps) if short else (0, 0)
-    CALLS[op_of(kernel)](entry.block_m if short else LONG, head_dim, DTYPES[width])
+    if kernel in SCORE:
+        score_call(entry.block_n, head_dim, DTYPES[width])
+        return records
+    if kernel.startswith("global_local"):
+        global_local_call(head_dim, DTYPES[width], torch.empty(1, 1, LONG, LONG), None)
+    elif kernel.startswith("map_gated"):
+        map_gated_call(head_dim, DTYPES[width], True)
+    else:
+        call(entry.block_m if short else LONG, head_dim, DTYPES[width], rank)
     return records
 
 
-def inputs(L: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """query, key, value and a gradient."""
-    return tuple(torch.empty(2, 4, L, D, dtype=dtype) for _ in range(4))
-
-
-def call_masked(L: int, D: int, dtype: torch.dtype) -> None:
+def call(L: int, D: int, dtype: torch.dtype, rank: int) -> None:
+    """With a multiplier that all heads share: dense, or of a rank."""
     B, H = 2, 4
-    query, key, value, _ = inputs(L, D, dtype)
-    mask = torch.empty(1, 1, L, L, dtype=dtype)
-    operands = (query, key, value, mask, *[None] * 7, [], None)
+    query, key, value = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(3))
+    mask, columns, offset = torch.empty(1, 1, L, L, dtype=dtype), None, None
+    if rank:
+        mask, columns = (torch.empty(1, 1, L, rank, dtype=dtype) for _ in range(2))
+        offset = torch.empty(1, 1, 1, L, dtype=dtype)
+    operands = (query, key, value, mask, None, columns, offset, *[None] * 4, [], None)
     settings = ([], D**-0.5, 0.0, False)
     out, lse = torch.empty_like(query), torch.empty(B, H, L)
-    needs = [True] * 4 + [False] * 5
+    needs = [x is not None for x in operands[:9]]
     masked_attention.masked_attention_fwd(*operands, *settings)
     masked_attention.masked_attention_bwd(
         torch.empty_like(out), None, *operands, out, lse, *settings, needs
     )
 
 
-def call_global_local(L: int, D: int, dtype: torch.dtype) -> None:
-    *tensors, out = inputs(L, D, dtype)
-    operands = (*tensors, torch.empty(1, 1, L, L, dtype=dtype), None, None, [])
-    settings = (BAND, D**-0.5)
+def score_call(keys: int, D: int, dtype: torch.dtype) -> None:
+    """With a network of two layers, as wide as the keys, on the mean of the heads' scores."""
+    query, key, value = (torch.empty(2, 4, L, D, dtype=dtype) for L in (LONG, keys, keys))
+    seen = torch.ones(2, keys, dtype=torch.bool)
+    operands = (query, key, value, torch.empty(2 * (keys + 1) * keys), seen)
+    settings = ([keys] * 3, D**-0.5, True, True)
+    score_masked_attention.score_masked_attention_fwd(*operands, *settings)
+    score_masked_attention.score_masked_attention_bwd(query, *operands, *settings, [True] * 4)
+
+
+def global_local_call(D: int, dtype: torch.dtype, multiplier, bias, **more) -> None:
+    """Forward and all gradients; the same values stand for all that has the shape of query."""
+    x = torch.empty(2, 4, LONG, D, dtype=dtype)
+    flat, ids = encode(more.get("pattern", Toeplitz(15)), 4)
+    masks = (multiplier, bias)
+    operands = (x, x, x, *masks, more.get("key_mask"), list(ids))
+    settings = (flat, D**-0.5)
+    lse = torch.empty(x.shape[:3])
     global_local_attention.global_local_attention_fwd(*operands, *settings)
-    lse = torch.empty(out.shape[:3])
     global_local_attention.global_local_attention_bwd(
-        out, out, *operands, out, out, lse, lse, *settings, [True] * 4 + [False]
+        x, x, *operands, x, x, lse, lse, *settings, [True] * 3 + [m is not None for m in masks]
     )
 
 
-def call_map_gated(_length: int, D: int, dtype: torch.dtype) -> None:
-    T = 300
-    *tensors, grad_out = inputs(T, D, dtype)
-    operands = (*tensors, *(torch.empty(T, T) for _ in range(2)), None, [], BAND, D**-0.5, True)
+def map_gated_call(D: int, dtype: torch.dtype, renormalise: bool, **more) -> None:
+    x, gate = torch.empty(2, 4, 300, D, dtype=dtype), torch.empty(300, 300)
+    flat, ids = encode(more.get("pattern", Toeplitz(15)), 4)
+    operands = (x, x, x, gate, gate, more.get("key_mask"), list(ids), flat, D**-0.5, renormalise)
     map_gated_attention.map_gated_attention_fwd(*operands)
-    map_gated_attention.map_gated_attention_bwd(grad_out, *operands, [True] * 5)
+    map_gated_attention.map_gated_attention_bwd(x, *operands, [True] * 5)
 
 
-BAND = list(encode(Toeplitz(15), 4)[0])
-# by how the names of an op's kernels begin; those of masked attention have no name of their own
-CALLS = {
-    "global_local": call_global_local,
-    "map_gated": call_map_gated,
-    "masked": call_masked,
-}
+def feature_calls() -> dict[str, Callable[[], None]]:
+    """Calls that between them take every kind of operand, in lengths that fill no tile."""
+    B, H, L, D = 2, 4, 100, 16
+    query, key, value = (torch.empty(B, n, L, D, dtype=torch.bfloat16) for n in (H, 2, 2))
+    seen = torch.ones(B, L, dtype=torch.bool)
+    ids = torch.zeros(1, L, dtype=torch.int64)
+    every = (Causal(), Segments(ids, ids), None, Toeplitz(9) & DilatedToeplitz(60, 3))
+    factors = torch.empty(B, 1, L, 70), torch.empty(1, H, L, 70), torch.empty(1, 1, 1, L)
+    few = (torch.empty(1, H, L, 3, dtype=torch.float16) for _ in range(2))
+    return {
+        "vectors": functools.partial(
+            both_ways, query, key, value, torch.empty(1, H, 1, 1), torch.empty(B, 1, 1, L),
+            key_mask=seen, pattern=Segments(ids, ids) & Causal(), dropout_p=0.1,
+        ),
+        "patterns": functools.partial(
+            both_ways, query, key, value, torch.empty(B, H, L, 1), torch.empty(1, 1, L, L),
+            attn_mask=torch.ones(1, 1, L, L, dtype=torch.bool), pattern=every,
+        ),
+        "low rank": functools.partial(
+            both_ways, query, key, value, LowRankMask(*factors), LowRankMask(*few), key_mask=seen
+        ),
+        "global and local": functools.partial(
+            global_local_call, D, torch.bfloat16, torch.empty(1, H, 1, 1),
+            torch.empty(B, H, LONG, LONG), key_mask=torch.ones(B, LONG, dtype=torch.bool),
+            pattern=(Causal(), None, DilatedToeplitz(60, 3), Toeplitz(9)),
+        ),
+        "gated maps": functools.partial(
+            map_gated_call, D, torch.float16, False, pattern=None,
+            key_mask=torch.ones(B, 300, dtype=torch.bool),
+        ),
+    }  # fmt: skip
+
+
+def both_ways(
+    query, key, value, multiplier, bias, attn_mask=None, key_mask=None, pattern=None, dropout_p=0.0
+) -> None:
+    """Forward and all gradients, on tensors whose values nobody reads."""
+    flat, segment_ids = encode(pattern, query.shape[1])
+    masks, rest = [], []
+    for mask in (multiplier, bias):
+        low_rank = isinstance(mask, LowRankMask)
+        masks.append(mask.rows if low_rank else mask)
+        rest += [mask.columns, mask.offset] if low_rank else [None, None]
+    rng_state = torch.zeros(2, dtype=torch.int64) if dropout_p else None
+    operands = (
+        query, key, value, *masks, *rest, attn_mask, key_mask, list(segment_ids), rng_state
+    )  # fmt: skip
+    settings = (flat, query.shape[3] ** -0.5, dropout_p, False)
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    needs = [x is not None for x in operands[:9]]
+    masked_attention.masked_attention_fwd(*operands, *settings)
+    masked_attention.masked_attention_bwd(
+        torch.empty_like(out), torch.empty_like(lse), *operands, out, lse, *settings, needs
+    )
+
+
+def compiled_features() -> Iterator[dict]:
+    """One record a call: what was launched, and compiled."""
+    launched: list[str] = []
+
+    def launch(function, _programs, *arguments, **settings):
+        compiled = function.warmup(*arguments, grid=(1,), **settings)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        launched.append(function.__name__.removesuffix("_kernel"))
+
+    masked_attention.launch = launch
+    configurations.choose = lambda *_: Configuration(16, 16, 4, 1)
+    configurations.short = lambda *_: (0, 0)
+    for name, call_it in feature_calls().items():
+        launched.clear()
+        call_it()
+        yield {"triton": triton.__version__, "feature": name, "launched": sorted(set(launched))}
 
 
 def op_of(kernel: str) -> str:
-    return next((op for op in CALLS if kernel.startswith(op)), "masked")
+    """global_local, map_gated, or "" for the other ops, whose kernels share a table."""
+    return next((op for op in TWO_MAPS if kernel.startswith(op)), "")
 
 
-def table_entries(arch: int) -> Iterator[tuple[str, Configuration, int, int]]:
-    """(kernel, entry, width, head dim) of everything that may be chosen on an architecture."""
+def table_entries(arch: int, rank: int, op: str) -> Iterator[tuple[str, Configuration, int, int]]:
+    """(kernel, entry, width, head dim) of everything that may be chosen on an architecture for a
+    dense mask, or one of a rank."""
     ampere = arch not in (90, 100)
     for kernel, rows in TABLE.items():
+        if op_of(kernel) != op or (rank and kernel == "tiles"):  # of dense masks
+            continue
         for width, head_dim in rows:
-            sizes = configurations.Problem(kernel, width, head_dim, LONG, LONG, 8, ampere)
+            sizes = configurations.Problem(kernel, width, head_dim, LONG, LONG, 8, ampere, rank > 0)
             for entry in configurations.entries(sizes):
                 yield kernel, entry, width, head_dim
-    for (width, head_dim), (length, warps) in (AMPERE_SHORT if ampere else SHORT).items():
+    if op:
+        return
+    for (width, head_dim), (length, warps) in short_table(ampere, rank > 0).items():
         for kernel in ("short_forward", "short_backward"):
             yield kernel, Configuration(length, length, warps, 1), width, head_dim
+    for kernel, columns in SCORE.items() if rank == 0 else ():
+        for entries in columns.values():
+            for entry in entries:
+                yield kernel, entry, 4, 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, required=True, help="80, 90, 100")
-    parser.add_argument("--op", choices=CALLS, help="only its kernels")
+    parser.add_argument("--op", choices=TWO_MAPS, default="", help="instead of all other ops")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="only this one")
     parser.add_argument("--kernel", help="only this one")
     parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
+    parser.add_argument("--rank", type=int, default=0, help="with a low-rank mask; 0: a dense one")
     parser.add_argument("--entry", type=int, nargs=4, help="this instead of the table's entries")
+    parser.add_argument("--features", action="store_true", help="calls of every kind instead")
     given = parser.parse_args()
     driver.set_active(AbsentGPU(given.arch))
     torch.set_num_threads(1)
-    mine = [row for row in table_entries(given.arch) if given.op in (None, op_of(row[0]))]
-    print(json.dumps({"kernels": len(mine)}), flush=True)
-    for kernel, entry, width, head_dim in mine:
+    if given.features:
+        for record in compiled_features():
+            print(json.dumps(record), flush=True)
+        return
+    listed = list(table_entries(given.arch, given.rank, given.op))
+    print(json.dumps({"kernels": len(listed)}), flush=True)
+    for kernel, entry, width, head_dim in listed:
         asked = ((given.head_dim, head_dim), (given.kernel, kernel), (given.width, width))
         if any(one not in (None, has) for one, has in asked):
             continue
         if given.entry:
             entry = Configuration(*given.entry)
-        for record in compiled_launches(given.arch, kernel, entry, width, head_dim):
+        for record in compiled_launches(given.arch, kernel, entry, width, head_dim, given.rank):
             print(json.dumps(record), flush=True)
 
 

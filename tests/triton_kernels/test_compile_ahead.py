@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lam_kernels.triton.configurations import HEAD_DIMS, TABLE, shared_limit
+from lam_kernels.triton.configurations import HEAD_DIMS, SCORE, TABLE, shared_limit
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.backend("triton")
@@ -26,6 +26,7 @@ ARCHS = (80, 90, 100)
 # Spilled registers of a thread, by bytes an element. A few words around a loop cost nothing; what a
 # loop reloads does. float32 keeps three tf32 parts of its operands, which wide heads pay for.
 STACK_BUDGET_BYTES = {2: 64, 4: 256}
+LOW_RANK_STACK_BUDGET_BYTES = {2: 64, 4: 320}  # and a tile of the factors' gradient
 
 
 def compile_ahead(version: str, *arguments: str) -> list[dict]:
@@ -43,9 +44,11 @@ def compile_ahead(version: str, *arguments: str) -> list[dict]:
         timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    announced, *records = [json.loads(line) for line in done.stdout.splitlines()]
-    if len(arguments) == 4 and arguments[2] == "--op":  # all of an op
-        assert len(records) == announced["kernels"]
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    if "--features" not in arguments:
+        announced, *records = records
+        if not {"--head-dim", "--kernel", "--entry"} & set(arguments):  # the whole table
+            assert len(records) == announced["kernels"]
     assert all(r["triton"].startswith(version) for r in records if version), records[:1]
     return records
 
@@ -65,7 +68,8 @@ def faults(record: dict) -> list[str]:
     limit = shared_limit((record["arch"] // 10, record["arch"] % 10))
     if record["shared"] > limit:
         found.append(f"{record['shared']} bytes of shared memory, at most {limit}")
-    budget = STACK_BUDGET_BYTES[record["width"]]
+    budgets = LOW_RANK_STACK_BUDGET_BYTES if record["rank"] else STACK_BUDGET_BYTES
+    budget = budgets[record["width"]]
     if record["stack"] > budget:
         found.append(f"{record['stack']} bytes of stack, at most {budget}")
     meant = meant_instruction(record)
@@ -76,7 +80,8 @@ def faults(record: dict) -> list[str]:
 
 def name_of(record: dict) -> str:
     keys = ("arch", "kernel", "entry", "width", "head_dim")
-    return "sm_" + " ".join(str(record[key]) for key in keys)
+    rank = f" rank {record['rank']}" if record["rank"] else ""
+    return "sm_" + " ".join(str(record[key]) for key in keys) + rank
 
 
 VERSIONS = [
@@ -85,41 +90,70 @@ VERSIONS = [
 ]
 
 
-# by how the names of an op's kernels begin
-OPS = {
+TWO_MAPS = {
     op: {kernel for kernel in TABLE if kernel.startswith(op)}
     for op in ("global_local", "map_gated")
 }
-OPS["masked"] = {*TABLE, "short_forward", "short_backward"}.difference(*OPS.values())
-
-
-def check(op: str, records: list[dict]) -> None:
-    assert {r["kernel"] for r in records} == OPS[op]
-    found = [fault for record in records for fault in faults(record)]
-    assert not found, "\n".join(found)
+MASKED = set(TABLE).difference(*TWO_MAPS.values())
 
 
 @pytest.mark.parametrize(("version", "arch"), VERSIONS)
 def test_every_entry(version, arch):
-    check("masked", compile_ahead(version, "--arch", str(arch), "--op", "masked"))
+    records = compile_ahead(version, "--arch", str(arch))
+    assert {r["kernel"] for r in records} == {*MASKED, "short_forward", "short_backward", *SCORE}
+    found = [fault for record in records for fault in faults(record)]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("version", ["3.6", ""])
-@pytest.mark.parametrize("op", ["global_local", "map_gated"])
+@pytest.mark.parametrize("op", TWO_MAPS)
 def test_every_entry_of_two_maps(op, version, arch):
-    check(op, compile_ahead(version, "--arch", str(arch), "--op", op))
+    records = compile_ahead(version, "--arch", str(arch), "--op", op)
+    assert {r["kernel"] for r in records} == TWO_MAPS[op]
+    found = [fault for record in records for fault in faults(record)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("op", TWO_MAPS)
+def test_oldest_triton_compiles_two_maps(op):
+    shape = ("--head-dim", "128", "--width", "2")
+    records = compile_ahead("3.6", "--arch", "80", "--op", op, *shape)
+    assert {r["kernel"] for r in records} == TWO_MAPS[op]
+    found = [fault for record in records for fault in faults(record)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rank", ["16", "64"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_entry_with_a_low_rank_mask(arch, rank):
+    records = compile_ahead("3.6", "--arch", str(arch), "--rank", rank)
+    found = [fault for record in records for fault in faults(record)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "version", ["3.6", pytest.param("", id="installed", marks=pytest.mark.full)]
+)
+def test_every_kind_of_operand(version):
+    """What the language of either version takes: masks of every shape, patterns, low rank."""
+    records = compile_ahead(version, "--arch", "90", "--features")
+    launched = {r["feature"]: r["launched"] for r in records}
+    usual = ["columns", "delta", "forward", "rows"]
+    assert launched == {
+        "vectors": usual, "patterns": [*usual, "tiles"], "low rank": usual,
+        "global and local": ["delta", *(f"global_local_{one}" for one in usual if one != "delta")],
+        "gated maps": ["map_gated_forward", "map_gated_gates", "map_gated_heads"],
+    }  # fmt: skip
 
 
 def test_installed_triton_compiles_all_kernels():
-    check("masked", compile_ahead("", "--arch", "90", "--op", "masked", "--head-dim", "64"))
-
-
-@pytest.mark.parametrize("op", ["global_local", "map_gated"])
-def test_oldest_triton_compiles_two_maps(op):
-    shape = ("--head-dim", "64", "--width", "2")
-    check(op, compile_ahead("3.6", "--arch", "90", "--op", op, *shape))
+    records = compile_ahead("", "--arch", "90", "--head-dim", "64")
+    assert {r["kernel"] for r in records} == {*MASKED, "short_forward", "short_backward"}
+    found = [fault for record in records for fault in faults(record)]
+    assert not found, "\n".join(found)
 
 
 def test_a_tile_too_large_is_found():
@@ -145,7 +179,7 @@ def test_a_tile_too_large_is_found():
 def test_a_wrong_instruction_is_found():
     record = {
         "arch": 90, "kernel": "forward", "entry": [64, 64, 4, 2], "width": 2, "head_dim": 64,
-        "stack": 0, "shared": 0, "instructions": {"wgmma.mma_async": 0, "mma.sync": 8},
+        "rank": 0, "stack": 0, "shared": 0, "instructions": {"wgmma.mma_async": 0, "mma.sync": 8},
     }  # fmt: skip
     assert faults(record) == ["sm_90 forward [64, 64, 4, 2] 2 64: no wgmma.mma_async"]
 

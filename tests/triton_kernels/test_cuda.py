@@ -6,10 +6,13 @@ import pytest
 import torch
 from on_gpu import moved
 from problems import evaluate
+from score_networks import assert_accurate as assert_network_accurate
+from score_networks import case
+from score_networks import evaluate as evaluate_network
 from tolerance import assert_accurate
 
 import lam_kernels
-from lam_kernels import Causal, masked_attention
+from lam_kernels import Causal, LowRankMask, masked_attention
 from python_ref.inputs import Problem
 
 pytestmark = [
@@ -19,26 +22,43 @@ pytestmark = [
 
 LONG = Problem(B=2, H=4, Lq=515, D=64, dtype="bfloat16", multiplier="11qk", bias="b1qk")
 SHORT = Problem(B=4, H=4, Lq=50, D=64, dtype="bfloat16", multiplier="b1qk")
+LOW_RANK = Problem(
+    B=2, H=4, Lq=515, D=64, dtype="bfloat16", multiplier="rank 16: 11 11 11", bias="rank 100: b1 1h"
+)
+PROBLEMS = {"long": LONG, "short": SHORT, "low rank": LOW_RANK}
+SHORT_LOW_RANK = SHORT.but(multiplier="rank 16: b1 11 11")
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return moved(tensor.detach(), "cuda").requires_grad_()
 
 
 def on_cuda(problem: Problem):
     """(query, key, value, keywords) as leaves on the GPU."""
     o = problem.operands()
-    leaves = [moved(x, "cuda").requires_grad_() for x in (o.query, o.key, o.value)]
-    masks = {
-        name: moved(value.detach(), "cuda") if isinstance(value, torch.Tensor) else value
-        for name, value in o.masks().items()
-    }
-    for name in ("multiplier", "bias"):
-        if masks[name] is not None:
-            masks[name].requires_grad_()
+    leaves = [leaf(x) for x in (o.query, o.key, o.value)]
+    masks = {}
+    for name, value in o.masks().items():
+        if isinstance(value, LowRankMask):
+            masks[name] = LowRankMask(*map(leaf, value.factors()))
+        elif isinstance(value, torch.Tensor):
+            learned = name in ("multiplier", "bias")
+            masks[name] = leaf(value) if learned else moved(value, "cuda")
+        else:
+            masks[name] = value
     return leaves, masks
+
+
+def learned(masks) -> list[torch.Tensor]:
+    found = []
+    for mask in (masks["multiplier"], masks["bias"]):
+        found += mask.factors() if isinstance(mask, LowRankMask) else [mask]
+    return [x for x in found if x is not None]
 
 
 def run(problem, leaves, masks):
     out = masked_attention(*leaves, **masks, backend="triton")
-    wanted = [x for x in (*leaves, masks["multiplier"], masks["bias"]) if x is not None]
-    return out, torch.autograd.grad(out.float().square().sum(), wanted)
+    return out, torch.autograd.grad(out.float().square().sum(), [*leaves, *learned(masks)])
 
 
 def test_triton_comes_first_where_cuda_does_not_serve():
@@ -48,7 +68,7 @@ def test_triton_comes_first_where_cuda_does_not_serve():
     assert masked_attention(*leaves, **masks).device.type == "cuda"
 
 
-@pytest.mark.parametrize("problem", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_200_repeats_are_bitwise_equal(problem):
     leaves, masks = on_cuda(problem)
     first = run(problem, leaves, masks)
@@ -58,7 +78,7 @@ def test_200_repeats_are_bitwise_equal(problem):
         assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
 
-@pytest.mark.parametrize("problem", [LONG, SHORT], ids=["long", "short"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_graph_replay(problem):
     leaves, masks = on_cuda(problem)
     out, gradients = run(problem, leaves, masks)
@@ -111,27 +131,56 @@ def test_another_stream():
     assert torch.equal(out, expected)
 
 
-def test_memory_is_the_gradients_and_vectors():
-    """Forward and backward of a shared mask: far below one [B, H, Lq, Lk]."""
-    B, H, L, D = 4, 8, 2048, 64
-    q, k, v = (
-        torch.randn(B, H, L, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(3)
-    )
-    mask = torch.ones(1, 1, L, L, device="cuda", requires_grad=True)
+def peak_bytes(query, key, value, mask) -> int:
+    """Above what was there before, of a forward and a backward pass."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out = masked_attention(q, k, v, multiplier=mask, backend="triton")
+    out = masked_attention(query, key, value, multiplier=mask, backend="triton")
     out.backward(torch.ones_like(out))
-    peak_bytes = torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - before
+
+
+def random_heads(*shape: int) -> list[torch.Tensor]:
+    return [
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+
+
+def test_memory_is_the_gradients_and_vectors():
+    """Forward and backward of a shared mask: far below one [B, H, Lq, Lk]."""
+    B, H, L = 4, 8, 2048
+    q, k, v = random_heads(B, H, L, 64)
+    mask = torch.ones(1, 1, L, L, device="cuda", requires_grad=True)
+    peak = peak_bytes(q, k, v, mask)
     operands_bytes = 4 * q.numel() * q.element_size()
-    assert peak_bytes < 3 * operands_bytes + 2 * mask.numel() * mask.element_size()
-    assert peak_bytes < B * H * L * L * 2
+    assert peak < 3 * operands_bytes + 2 * mask.numel() * mask.element_size()
+    assert peak < B * H * L * L * 2
 
 
-def test_suite_runs_on_the_gpu():
+def test_a_long_low_rank_mask_takes_no_square_of_memory():
+    """A dense mask alone would be 2 GiB."""
+    L, rank = 32768, 16
+    q, k, v = random_heads(1, 8, L, 64)
+    factors = (torch.randn(1, 1, L, rank, device="cuda", requires_grad=True) for _ in range(2))
+    # the operands' gradients, out and its gradient, one part a head of one factor's
+    assert peak_bytes(q, k, v, LowRankMask(*factors)) < 7 * q.numel() * q.element_size()
+
+
+@pytest.mark.parametrize("problem", [LONG.but(Lq=130), LOW_RANK.but(Lq=130), SHORT_LOW_RANK])
+def test_suite_runs_on_the_gpu(problem):
     """The operator tests' own way: CPU operands, kernels on the GPU."""
-    problem = LONG.but(Lq=130)
     result = evaluate(problem, "triton")
     assert_accurate(result, problem)
+
+
+@pytest.mark.parametrize("heads", ["each", "mean"])
+def test_a_network_of_the_scores(heads):
+    """The paper's depth, bitwise the same every time: several blocks a program, several parts."""
+    one = case(B=9, H=8, Lq=300, Lk=32, D=32, depth=32, hidden=32, heads=heads, dtype="bfloat16")
+    first = evaluate_network(one, "triton")
+    assert_network_accurate(first, one)
+    for _ in range(50):
+        for name, tensor in evaluate_network(one, "triton").items():
+            assert torch.equal(first[name], tensor), name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import check
+from problems import check, evaluate
+from score_networks import case as network_case
+from score_networks import check as check_network
 
 from lam_kernels.triton import availability
 from python_ref.inputs import Problem
@@ -124,10 +126,54 @@ CHECKED = {
     ),
     "only keys": Problem(Lq=20, D=8, multiplier="bhqk", grads="km"),
     "only masks": Problem(Lq=20, D=8, multiplier="bhqk", bias="1hqk", grads="mb"),
-}
+    "low rank, short": Problem(
+        Lq=20, Lk=18, D=8, multiplier="rank 70: b1 1h 11", bias="rank 3: 1h 11", dtype="bfloat16"
+    ),
+    "low rank, blocks of ranks": Problem(
+        B=1, Lq=35, Lk=20, D=8, multiplier="rank 70: 11 1h", grads="m"
+    ),
+    "low rank, patterns": Problem(
+        B=1, Lq=35, D=8, bias="rank 3: 11 bh 11", dropout_p=0.2, pattern=("Causal()", "Segments(3)")
+    ),
+    "low rank, shared keys": Problem(
+        B=1, H=4, Hkv=2, Lq=35, D=8, multiplier="rank 17: 1h 11 11", key_mask=True
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CHECKED)
 def test_kernels_touch_only_what_is_theirs(interpreter, case):
     with interpreter.checked():
         check(CHECKED[case], "triton")
+
+
+NETWORKS = {
+    "mean": network_case(B=2, H=2, Lq=20, Lk=18, D=8, heads="mean", key_mask=True),
+    "each": network_case(B=1, H=3, Lq=35, Lk=20, D=80, Dv=3, depth=4, hidden=5, dtype="bfloat16"),
+    "one layer": network_case(B=3, H=1, Lq=5, Lk=17, D=8, depth=1, fusion="add"),
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_network_kernels_touch_only_what_is_theirs(interpreter, case):
+    with interpreter.checked():
+        check_network(NETWORKS[case], "triton")
+
+
+def test_parts_are_added_in_one_order():
+    problem = CHECKED["low rank, shared keys"]
+    first = evaluate(problem, "triton")
+    for name, tensor in evaluate(problem, "triton").items():
+        assert torch.equal(first[name], tensor), name
+
+
+def test_a_forgotten_part_is_found(monkeypatch):
+    from lam_kernels.triton import factor_gradients
+
+    def all_but_one(parts):
+        for grad, each in parts:
+            grad.copy_(each[:, 1:].sum((0, 1), keepdim=True))
+
+    monkeypatch.setattr(factor_gradients, "sum_parts", all_but_one)
+    with pytest.raises(AssertionError, match=r"multiplier\.columns"):
+        check(CHECKED["low rank, shared keys"], "triton")
