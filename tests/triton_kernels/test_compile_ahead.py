@@ -116,7 +116,8 @@ def test_every_kind_of_operand(version):
     launched = {r["feature"]: r["launched"] for r in records}
     usual = ["columns", "delta", "forward", "rows"]
     assert launched == {
-        "vectors": usual, "patterns": [*usual, "tiles"], "low rank": usual
+        "vectors": usual, "patterns": [*usual, "tiles"], "low rank": usual,
+        "short": ["short_backward", "short_forward"],
     }  # fmt: skip
 
 
