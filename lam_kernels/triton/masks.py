@@ -164,6 +164,7 @@ def _product_tile(
         row = rows
         column = tl.trans(columns)
         total = tl.zeros([rows.shape[0], columns.shape[1]], tl.float32)
+    # what does not change along a kernel's loop, rows or columns, the compiler loads before it
     for N in tl.static_range((mask.RANK + mask.factors.BLOCK - 1) // mask.factors.BLOCK):
         of_rows = _factor_tile(
             mask, batch, head, row, Lq, N * mask.factors.BLOCK, mask.RANK, mask.factors.BLOCK, EVEN

@@ -94,8 +94,9 @@ def score_masked_attention_bwd(
     chosen = configurations.score("score_masked_backward", W, Lq, query.device)
     tiles, units = triton.cdiv(Lq, chosen.block_m), B if mean else B * H
     kept = layers * chosen.block_m * W  # elements of a program's activations
+    sums = layers * (W + 1) * W if needs[3] else 0  # of its parameters' gradient
     groups, splits = configurations.score_programs(
-        units, tiles, SCRATCH_BYTES // (4 * (kept + needs[3] * parameters.numel())), query.device
+        units, tiles, SCRATCH_BYTES // (4 * (kept + sums)), query.device
     )
     programs = groups * splits
 
@@ -106,7 +107,7 @@ def score_masked_attention_bwd(
         query.new_empty(query.shape) if needs[0] else None,
         zeros(needs[1], splits, *key.shape),
         zeros(needs[2], splits, *value.shape),
-        zeros(needs[3], programs, parameters.numel()),
+        zeros(needs[3], programs, layers, W + 1, W),
     )
     with _on_device(query):
         launch(
@@ -114,12 +115,30 @@ def score_masked_attention_bwd(
             _operands(query, key, value, parameters, key_mask),
             rows_argument(_unit_last_stride(grad_out)), grads,
             query.new_empty(programs * kept, dtype=torch.float32), scale,
-            B, H, Lq, Lk, tiles, layers, hidden, units, groups, splits, parameters.numel(),
+            B, H, Lq, Lk, tiles, layers, hidden, units, groups, splits,
             BLOCK_DV=_block_of(value.shape[3]),
             **_settings(query, value, W, multiply, mean, chosen),
         )  # fmt: skip
-    summed = (None if x is None else x.sum(0) for x in grads[1:4])
+    found = [None if x is None else x.sum(0) for x in grads[1:4]]
+    if needs[3]:
+        found[2] = _unpadded(found[2], widths)
     return tuple(
         operand.new_empty(0) if grad is None else grad.to(operand.dtype)
-        for operand, grad in zip(operands, (grads.query, *summed), strict=True)
+        for operand, grad in zip(operands, (grads.query, *found), strict=True)
     )
+
+
+def _unpadded(layers: Tensor, widths) -> Tensor:
+    """The vector W_1, b_1, W_2, ... of [layers, W + 1, W]; inner layers have one shape."""
+    weights, biases = layers[:, :-1], layers[:, -1:]
+    ends = sorted({0, len(widths) - 2})
+    parts = [range(end, end + 1) for end in ends]
+    if len(widths) > 3:
+        parts.insert(1, range(1, len(widths) - 2))
+    rows = []
+    for part in parts:
+        rows_in, out = widths[part[0]], widths[part[0] + 1]
+        mine = slice(part[0], part[-1] + 1)
+        both = torch.cat((weights[mine, :rows_in, :out], biases[mine, :, :out]), 1)
+        rows.append(both.flatten())
+    return torch.cat(rows)

@@ -25,7 +25,6 @@ from .score_masked_attention_forward import (
     row_weights,
     score_rows,
     seen_keys,
-    weight_places,
 )
 from .tiles import add_chunk, base_of, load_chunk, product_of_rows, store_chunk
 
@@ -38,7 +37,7 @@ class ScoredGradients(NamedTuple):
     query: Tensor | None
     key: Tensor | None  # [splits, B, H, Lk, D]
     value: Tensor | None  # [splits, B, H, Lk, Dv]
-    parameters: Tensor | None  # [programs, parameters]
+    parameters: Tensor | None  # [programs, layers, W + 1, W]: padded weights, and biases below
     END: None = None  # see masks.py
 
 
@@ -93,40 +92,38 @@ def _add_score_gradient(
 
 @triton.jit
 def _back_through(
-    grads, parameters, dy, kept, program, count, layers, Lk, hidden,
+    grads, parameters, dy, kept, program, layers, Lk, hidden,
     W: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dA of dM; adds to the parameters' gradient."""
-    j = tl.arange(0, W)
+    i = tl.arange(0, W)
     for step in range(0, layers):
         layer = layers - 1 - step
         x = tl.load(kept_places(kept, layer, W, BLOCK_M))
-        first, rows, columns = layer_place(layer, layers, Lk, hidden)
         if grads.parameters is not None:
-            own = grads.parameters + program.to(tl.int64) * count
-            at, inside = weight_places(first, rows, columns, W)
-            dw = tl.load(own + at, mask=inside, other=0.0)
-            dw = tl.dot(tl.trans(x), dy, dw, input_precision=_FLOAT32)
-            tl.store(own + at, dw, mask=inside)
-            of_bias = own + first + rows * columns + j
-            db = tl.load(of_bias, mask=j < columns, other=0.0) + tl.sum(dy, 0)
-            tl.store(of_bias, db, mask=j < columns)
+            first_row = (program.to(tl.int64) * layers + layer) * (W + 1)
+            own = grads.parameters + (first_row + i[:, None]) * W + i[None, :]
+            dw = tl.dot(tl.trans(x), dy, tl.load(own), input_precision=_FLOAT32)
+            tl.store(own, dw)
+            of_bias = grads.parameters + (first_row + W) * W + i
+            tl.store(of_bias, tl.load(of_bias) + tl.sum(dy, 0))
+        first, rows, columns = layer_place(layer, layers, Lk, hidden)
         weight = layer_weight(parameters, first, rows, columns, W)
         dx = tl.dot(dy, tl.trans(weight), input_precision=_FLOAT32)
         dy = tl.where((layer == 0) | (x > 0), dx, 0.0)
     return dy
 
 
-@triton.jit(do_not_specialize=(*VARYING, "units", "groups", "splits", "count"))
+@triton.jit(do_not_specialize=(*VARYING, "units", "groups", "splits"))
 def score_masked_backward_kernel(
     o, grad_out, grads, scratch, scale, B, H, Lq, Lk, tiles, layers, hidden, units, groups, splits,
-    count, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_V: tl.constexpr, BLOCK_M: tl.constexpr, W: tl.constexpr,
     MULTIPLY: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (group, split): of every groups-th head (MEAN: sample), every splits-th tile of rows.
 
-    count: of parameters. MEAN: the scores of all heads are formed three times, for their mean, for
+    MEAN: the scores of all heads are formed three times, for their mean, for
     the sum of dM and for dS, where keeping them would take H tiles.
     """
     program = tl.program_id(0)
@@ -174,7 +171,7 @@ def score_masked_backward_kernel(
             if SCORES or grads.parameters is not None:
                 tl.debug_barrier()  # another thread may read what one has kept
                 da = _back_through(
-                    grads, o.parameters, dm, kept, program, count, layers, Lk, hidden, W, BLOCK_M
+                    grads, o.parameters, dm, kept, program, layers, Lk, hidden, W, BLOCK_M
                 )
                 if SCORES:
                     da = tl.where(seen, da / H if MEAN else da, 0.0)

@@ -81,17 +81,11 @@ def layer_place(layer, layers, Lk, hidden):
 
 
 @triton.jit
-def weight_places(first, rows, columns, W: tl.constexpr):
-    """(offsets, which exist) of a layer's weight in the vector of parameters, [W, W]."""
+def layer_weight(parameters, first, rows, columns, W: tl.constexpr):
     i = tl.arange(0, W)[:, None]
     j = tl.arange(0, W)[None, :]
-    return first + i * columns + j, (i < rows) & (j < columns)
-
-
-@triton.jit
-def layer_weight(parameters, first, rows, columns, W: tl.constexpr):
-    at, inside = weight_places(first, rows, columns, W)
-    return tl.load(parameters + at, mask=inside, other=0.0)
+    inside = (i < rows) & (j < columns)
+    return tl.load(parameters + first + i * columns + j, mask=inside, other=0.0)
 
 
 @triton.jit

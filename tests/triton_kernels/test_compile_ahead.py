@@ -146,6 +146,7 @@ def test_every_kind_of_operand(version):
         "vectors": usual, "patterns": [*usual, "tiles"], "low rank": usual,
         "global and local": ["delta", *(f"global_local_{one}" for one in usual if one != "delta")],
         "gated maps": ["map_gated_forward", "map_gated_gates", "map_gated_heads"],
+        "short": ["short_backward", "short_forward"],
     }  # fmt: skip
 
 

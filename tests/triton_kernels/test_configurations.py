@@ -7,9 +7,19 @@ import pytest
 import torch
 import two_maps
 from problems import check
+from score_networks import case as network_case
+from score_networks import check as check_network
 
 from lam_kernels.triton import configurations
-from lam_kernels.triton.configurations import AMPERE, SHORT, TABLE, Configuration
+from lam_kernels.triton.configurations import (
+    AMPERE,
+    AMPERE_LOW_RANK,
+    LOW_RANK,
+    SCORE,
+    SHORT,
+    TABLE,
+    Configuration,
+)
 from python_ref.inputs import Problem
 
 pytestmark = pytest.mark.backend("triton")
@@ -61,6 +71,64 @@ def test_entry(kernel, entry, width, head_dim, monkeypatch, general):
         two_maps.check(two_maps.both(**sizes, pattern="Toeplitz(9)"), "triton")
     else:
         check(Problem(**sizes), "triton")
+
+
+LOW_RANK_ENTRIES = [
+    pytest.param(kernel, entry, width, head_dim, marks=marks)
+    for table in (LOW_RANK, AMPERE_LOW_RANK)
+    for (kernel, width, head_dim), entries in table.items()
+    for entry in entries
+    for marks in [() if torch.cuda.is_available() else pytest.mark.full]
+]
+
+
+@pytest.mark.parametrize(("kernel", "entry", "width", "head_dim"), LOW_RANK_ENTRIES)
+def test_low_rank_entry(kernel, entry, width, head_dim, monkeypatch, general):
+    usual = configurations.choose
+
+    def choose(problem, device):
+        assert problem.low_rank
+        return entry if problem.kernel == kernel else usual(problem, device)
+
+    monkeypatch.setattr(configurations, "choose", choose)
+    masks = {"multiplier": "rank 64: 11 11 11", "bias": "rank 3: b1 1h", "key_mask": True}
+    problem = Problem(B=1, H=2, Lq=70, Lk=130, D=head_dim, dtype=DTYPES[width], **masks)
+    check(problem, "triton")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "entry"),
+    [
+        pytest.param(
+            kernel,
+            width,
+            entry,
+            marks=() if torch.cuda.is_available() or width == 16 else pytest.mark.full,
+        )
+        for kernel, columns in SCORE.items()
+        for width, entries in columns.items()
+        for entry in entries
+    ],
+)
+def test_network_entry(kernel, width, entry, monkeypatch):
+    usual = configurations.score
+
+    def score(wanted, *sizes):
+        return entry if wanted == kernel else usual(wanted, *sizes)
+
+    monkeypatch.setattr(configurations, "score", score)
+    sizes = {"B": 1, "H": 2, "Lq": 70, "Lk": width - 3, "D": 24, "hidden": width}
+    check_network(network_case(**sizes, depth=3, key_mask=True), "triton")
+
+
+def test_programs_of_a_network():
+    """Two a multiprocessor (the interpreter has four), no more than there is scratch for."""
+    device = torch.device("cpu")
+    assert configurations.score_programs(100, 5, 1000, device) == (8, 1)
+    assert configurations.score_programs(2, 10, 1000, device) == (2, 4)
+    assert configurations.score_programs(2, 3, 1000, device) == (2, 3)
+    assert configurations.score_programs(100, 5, 3, device) == (3, 1)
+    assert configurations.score_programs(100, 5, 0, device) == (1, 1)
 
 
 @pytest.mark.parametrize("length", [1, 5, 17, 31, 49, 64])

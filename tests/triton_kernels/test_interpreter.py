@@ -150,7 +150,7 @@ def test_kernels_touch_only_what_is_theirs(interpreter, case):
 NETWORKS = {
     "mean": network_case(B=2, H=2, Lq=20, Lk=18, D=8, heads="mean", key_mask=True),
     "each": network_case(B=1, H=3, Lq=35, Lk=20, D=80, Dv=3, depth=4, hidden=5, dtype="bfloat16"),
-    "one layer": network_case(B=3, H=1, Lq=5, Lk=17, D=8, depth=1, fusion="add"),
+    "one layer": network_case(B=3, H=3, Lq=5, Lk=17, D=8, depth=1, fusion="add"),
 }
 
 
@@ -177,3 +177,16 @@ def test_a_forgotten_part_is_found(monkeypatch):
     monkeypatch.setattr(factor_gradients, "sum_parts", all_but_one)
     with pytest.raises(AssertionError, match=r"multiplier\.columns"):
         check(CHECKED["low rank, shared keys"], "triton")
+
+
+@triton.jit
+def every_key(o, batch, column, Lq, Lk):
+    return column[None, :] < Lk
+
+
+def test_forgotten_padding_is_found(monkeypatch):
+    from lam_kernels.triton import score_masked_attention_forward
+
+    monkeypatch.setattr(score_masked_attention_forward, "seen_keys", every_key)
+    with pytest.raises(AssertionError, match="out"):
+        check_network(NETWORKS["mean"].but(grads=""), "triton")
