@@ -5,15 +5,19 @@
 namespace lam {
 namespace {
 
-// Depth of one pass: a B block of this many rows by kCols words stays in L1 while the rows of A go by.
-constexpr int64_t kDepth = 128;
+// Depth of one pass: a B block of this many rows by kCols words stays in L1 while the rows of A go by. Rows a power of
+// two apart share few of its sets, and fewer of them stay.
+inline int64_t pass_depth(int64_t row_bytes) {
+  const int64_t power = row_bytes & -row_bytes;
+  return power <= 256 ? 128 : power >= 2048 ? 16 : 32768 / power;
+}
 
 template <class V, int MR, int NR, bool TransA, bool Accumulate>
 __attribute__((always_inline)) inline void gemm_registers(int64_t K, const typename V::T* __restrict A, int64_t lda,
                                                           const typename V::T* __restrict B, int64_t ldb,
                                                           typename V::T* __restrict C, int64_t ldc) {
   typename V::reg c[MR][NR];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) c[m][n] = Accumulate ? V::load(C + m * ldc + n * V::W) : V::zero();
@@ -21,14 +25,14 @@ __attribute__((always_inline)) inline void gemm_registers(int64_t K, const typen
     typename V::reg b[NR];
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) b[n] = V::load(B + k * ldb + n * V::W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const typename V::reg a = V::set1(TransA ? A[k * lda + m] : A[m * lda + k]);
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) c[m][n] = V::fma(a, b[n], c[m][n]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) V::store(C + m * ldc + n * V::W, c[m][n]);
@@ -51,6 +55,9 @@ template <class V, int NR, bool TransA, bool Accumulate>
 void gemm_columns(int64_t M, int64_t K, const typename V::T* A, int64_t lda, const typename V::T* B, int64_t ldb,
                   typename V::T* C, int64_t ldc) {
   int64_t m = 0;
+  if constexpr (2 * NR <= V::kCols)  // few columns: more rows, for enough sums to be under way at once
+    for (; m + 2 * V::kRows <= M; m += 2 * V::kRows)
+      gemm_registers<V, 2 * V::kRows, NR, TransA, Accumulate>(K, A + (TransA ? m : m * lda), lda, B, ldb, C + m * ldc, ldc);
   for (; m + V::kRows <= M; m += V::kRows)
     gemm_registers<V, V::kRows, NR, TransA, Accumulate>(K, A + (TransA ? m : m * lda), lda, B, ldb, C + m * ldc, ldc);
   gemm_last_rows<V, V::kRows - 1, NR, TransA, Accumulate>(M - m, K, A + (TransA ? m : m * lda), lda, B, ldb,
@@ -73,8 +80,9 @@ void gemm_last_columns(int64_t words, int64_t M, int64_t K, const typename V::T*
 template <class V, bool TransA, bool Accumulate>
 void gemm(int64_t M, int64_t words, int64_t K, const typename V::T* A, int64_t lda, const typename V::T* B,
           int64_t ldb, typename V::T* C, int64_t ldc) {
-  for (int64_t k = 0; k < K; k += kDepth) {
-    const int64_t depth = K - k < kDepth ? K - k : kDepth;
+  const int64_t most = pass_depth(ldb * static_cast<int64_t>(sizeof(typename V::T)));
+  for (int64_t k = 0; k < K; k += most) {
+    const int64_t depth = K - k < most ? K - k : most;
     const typename V::T* Ak = A + (TransA ? k * lda : k);
     for (int64_t n = 0; n < words; n += V::kCols) {
       const int64_t left = words - n < V::kCols ? words - n : V::kCols;

@@ -12,17 +12,28 @@ namespace {
 
 // A gate in the kernel's number type: rows of whole SIMD words, zero beyond T.
 template <class V>
-void stage_gate(const View& gate, int64_t T_, bool transposed, typename V::T factor, typename V::T* to, int64_t ld) {
+void stage_gate(const View& gate, int64_t T_, typename V::T factor, typename V::T* to, int64_t ld) {
   using T = typename V::T;
-  const int64_t along = gate.stride[transposed ? 2 : 3], down = gate.stride[transposed ? 3 : 2];
   for (int64_t r = 0; r < T_; ++r) {
     T* row = to + r * ld;
-    for (int64_t c = T_; c < ld; ++c) row[c] = T(0);
-    load_row<V>(row, at(gate, r * down), gate.dtype, along, T_);
+    load_row<V>(row, at(gate, r * gate.stride[2]), gate.dtype, gate.stride[3], T_);
     for (int64_t c = T_; c < ld; ++c) row[c] = T(0);
     if (factor != T(1))
       for (int64_t c = 0; c < T_; ++c) row[c] *= factor;
   }
+}
+
+// The transpose of a staged gate, in the same layout.
+template <class V>
+void transpose_gate(const typename V::T* gate, int64_t T_, typename V::T* to, int64_t ld) {
+  using T = typename V::T;
+  for (int64_t r = 0; r < T_; ++r)
+    for (int64_t c = T_; c < ld; ++c) to[r * ld + c] = T(0);
+  const int64_t whole = T_ / V::W * V::W;
+  for (int64_t r = 0; r < whole; r += V::W)
+    for (int64_t c = 0; c < whole; c += V::W) transpose_block<V>(gate + r * ld + c, ld, to + c * ld + r, ld);
+  for (int64_t r = 0; r < T_; ++r)
+    for (int64_t c = r < whole ? whole : 0; c < T_; ++c) to[c * ld + r] = gate[r * ld + c];
 }
 
 // The staged gates of a call: W^g and -W^l, and where wanted their transposes.
@@ -64,10 +75,13 @@ class MapGate {
 
     explicit Sizes(const MapGatedAttentionParams& p) {
       constexpr int64_t R = Products::kRowMultiple, C = Products::kColMultiple;
-      const int64_t rows = round_up(p.Lq, R);
-      // a multiple of the pieces, few enough rows for all planes of the backward pass to share the second-level cache
-      blocking = {rows, round_up(p.Lk, C), min64(rows, round_up(48, LocalPieces<Products>::kRows)), round_up(p.Lk, C)};
-      ld = blocking.tile_cols + V::W;
+      ld = round_up(p.Lk, C) + V::W;
+      // Blocks of even size: all planes of the backward pass share the second-level cache, while a gate comes from
+      // beyond it once a block.
+      constexpr int64_t kPlanes = 6, kPlaneBytes = 840 << 10;
+      const int64_t most = max64(R, kPlaneBytes / (kPlanes * ld * static_cast<int64_t>(sizeof(T))));
+      const int64_t rows = max64(p.Lq, 1);
+      blocking = {round_up(rows, R), round_up(p.Lk, C), round_up(ceil_div(rows, ceil_div(rows, most)), R), round_up(p.Lk, C)};
       width = round_up(p.Dv, V::W);
       depth = round_up(p.D, V::W);
       maps = p.grad_query.data || p.grad_key.data;
@@ -87,13 +101,13 @@ class MapGate {
     if (shared.data == nullptr) return 1;
     T* at_gate = static_cast<T*>(shared.data);
     Gates<T> gates{sizes.ld, at_gate, at_gate + gate};
-    stage_gate<V>(p.gate_global, p.Lk, false, T(1), gates.whole, sizes.ld);
-    stage_gate<V>(p.gate_local, p.Lk, false, T(-1), gates.near, sizes.ld);
+    stage_gate<V>(p.gate_global, p.Lk, T(1), gates.whole, sizes.ld);
+    stage_gate<V>(p.gate_local, p.Lk, T(-1), gates.near, sizes.ld);
     at_gate += 2 * gate;
     if (transposed) {
       gates.whole_t = at_gate, gates.near_t = at_gate + gate;
-      stage_gate<V>(p.gate_global, p.Lk, true, T(1), gates.whole_t, sizes.ld);
-      stage_gate<V>(p.gate_local, p.Lk, true, T(-1), gates.near_t, sizes.ld);
+      transpose_gate<V>(gates.whole, p.Lk, gates.whole_t, sizes.ld);
+      transpose_gate<V>(gates.near, p.Lk, gates.near_t, sizes.ld);
       at_gate += 2 * gate;
     }
     T* const sums = copies > 0 ? at_gate : nullptr;
