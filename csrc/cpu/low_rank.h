@@ -49,7 +49,7 @@ class FactorProduct {
   using T = typename V::T;
   FactorProduct(const Factors& factors, int64_t max_rows, int64_t max_cols, Arena& arena) : f_(factors) {
     if (f_.rank == 0) return;
-    panels_ = arena.take<T>(round_up(max_cols, kPanel<V>) * f_.rank);
+    panels_ = arena.take<T>(round_up(max_cols, V::W) * f_.rank);
     rows_ = arena.take<T>(staged_elements<V>(f_.rows, f_.rank, max_rows));
     columns_ = arena.take<T>(staged_elements<V>(f_.columns, f_.rank, max_cols));
     offset_ = arena.take<T>(round_up(max_cols, V::W));
@@ -73,9 +73,7 @@ class FactorProduct {
  private:
   template <bool kAdd>
   void multiply(Rows<T> rows, int64_t count, int64_t width, T* to, int64_t ld) const {
-    constexpr int64_t P = kPanel<V>;
-    for (int64_t c = 0; c < width; c += P)
-      gemm<V, false, kAdd>(count, min64(P, width - c) / V::W, f_.rank, rows.data, rows.ld, panels_ + c * f_.rank, P, to + c, ld);
+    gemm<V, false, kAdd, true>(count, width / V::W, f_.rank, rows.data, rows.ld, panels_, f_.rank * V::W, to, ld);
   }
 
   const Factors& f_;

@@ -25,7 +25,7 @@ class FmaProducts {
  public:
   using Word = V;
   using T = typename V::T;
-  static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = kPanel<V>;
+  static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = V::W * V::kCols;
   static constexpr bool kAnyRows = true;  // tiles need not have a multiple of rows, it is only faster
 
   static Blocking blocking(bool narrow, bool backward) {
@@ -80,11 +80,13 @@ class FmaProducts {
 
   // C [rows, words] = q . k of tile rows [r0, r0 + rows) and columns from lo
   void scores(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
-    panels(rows, words, p_.D, query_.data + r0 * query_.ld, query_.ld, key_panels_, lo, C, ldc);
+    gemm<V, false, false, true>(rows, words, p_.D, query_.data + r0 * query_.ld, query_.ld, key_panels_ + lo * p_.D,
+                                p_.D * V::W, C, ldc);
   }
   // C [rows, words] = grad_out . v
   void weight_grads(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
-    panels(rows, words, p_.Dv, grad_out_.rows.data + r0 * grad_out_.rows.ld, grad_out_.rows.ld, value_panels_, lo, C, ldc);
+    gemm<V, false, false, true>(rows, words, p_.Dv, grad_out_.rows.data + r0 * grad_out_.rows.ld, grad_out_.rows.ld,
+                                value_panels_ + lo * p_.Dv, p_.Dv * V::W, C, ldc);
   }
 
   // out [rows, Dv] (+)= P v
@@ -124,19 +126,6 @@ class FmaProducts {
                 bool whole_words = true) const {
     return stage_rows<V>(at(v, head_offset(v, b, h) + first * v.stride[2]), v.dtype, v.stride[2] * region_.step, count,
                          width, buffer, whole_words);
-  }
-
-  // Columns [col, col + words) of the panels, which may start inside one.
-  static void panels(int64_t rows, int64_t words, int64_t depth, const T* A, int64_t lda, const T* panels, int64_t col,
-                     T* C, int64_t ldc) {
-    constexpr int64_t P = kPanel<V>, W = V::W;
-    while (words > 0) {
-      const int64_t inside = col % P, n = min64((P - inside) / W, words);
-      gemm<V, false, false>(rows, n, depth, A, lda, panels + (col - inside) * depth + inside, P, C, ldc);
-      words -= n;
-      col += n * W;
-      C += n * W;
-    }
   }
 
   const MaskedAttentionParams& p_;

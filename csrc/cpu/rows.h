@@ -193,23 +193,19 @@ void transpose_block(const typename V::T* src, int64_t lds, typename V::T* dst, 
 #endif
 }
 
-// Columns of one panel: what one pass of the matrix product over its columns covers.
-template <class V>
-constexpr int64_t kPanel = V::W * V::kCols;
-
-// rows [n, depth] -> panels [n / kPanel][depth][kPanel], the columns beyond n zero.
+// rows [n, depth] -> panels [n / W][depth][W] (gemm.h), the columns beyond n zero.
 template <class V>
 void pack_transposed(Rows<typename V::T> rows, int64_t n, int64_t depth, typename V::T* panels) {
   using T = typename V::T;
-  constexpr int64_t W = V::W, P = kPanel<V>;
-  for (int64_t j = 0; j < round_up(n, P); j += W) {
-    T* dst = panels + j / P * P * depth + j % P;
+  constexpr int64_t W = V::W;
+  for (int64_t j = 0; j < n; j += W) {
+    T* dst = panels + j * depth;
     const int64_t valid = n - j < W ? n - j : W;
     const T* src = rows.data + j * rows.ld;
     for (int64_t d = 0; d < depth; d += W) {
       const int64_t left = depth - d < W ? depth - d : W;
       if (valid == W && left == W) {
-        transpose_block<V>(src + d, rows.ld, dst + d * P, P);
+        transpose_block<V>(src + d, rows.ld, dst + d * W, W);
         continue;
       }
       alignas(64) T block[W * W], turned[W * W];
@@ -217,7 +213,7 @@ void pack_transposed(Rows<typename V::T> rows, int64_t n, int64_t depth, typenam
       for (int64_t k = 0; k < W; ++k)
         V::store(block + k * W, k < valid ? V::load(src + k * rows.ld + d, inside) : V::zero());
       transpose_block<V>(block, W, turned, W);
-      for (int64_t c = 0; c < left; ++c) V::store(dst + (d + c) * P, V::load(turned + c * W));
+      memcpy(dst + d * W, turned, static_cast<size_t>(left * W) * sizeof(T));
     }
   }
 }
