@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bench.check import Expected
+from bench.check import EPS_FACTOR, Expected
 from bench.contender import Peer, compiled
 from python_ref.score_masked_attention import score_masked_attention as reference_attention
 
@@ -106,16 +106,29 @@ def grad_outs(operands: Operands) -> tuple[Tensor]:
 
 
 def expected(problem: Problem, device: str = "cpu") -> list[Expected]:
-    o, p = draw(problem, device), problem
-    wide = [t.detach().double().requires_grad_() for t in o.tensors]
-    n = p.depth
+    """Where a sum is within rounding of 0, its ReLU is open in one number type and shut in another:
+    so a gradient's bound is, where that is more, four times the error that python_ref makes in the
+    problem's number type."""
+    operands, dtype = draw(problem, device), getattr(torch, problem.dtype)
+    wide, same = _reference(operands, torch.float64), _reference(operands, dtype)
+    usual = EPS_FACTOR[dtype] * torch.finfo(dtype).eps * score_size(problem)
+    found = []
+    for name, values in wide.items():
+        error = ((same[name].double() - values).norm() / values.norm()).item()
+        size = 1.0 if name in OUTPUTS else max(1.0, 4 * error / usual)
+        found.append(Expected(name, (), values, size))
+    return found
+
+
+def _reference(operands: Operands, dtype: torch.dtype) -> dict[str, Tensor]:
+    o, p, n = operands, operands.problem, operands.problem.depth
+    cast = [t.detach().to(dtype).requires_grad_() for t in o.tensors]
     out = reference_attention(
-        *wide[:3], wide[3 : 3 + n], wide[3 + n :], fusion=p.fusion, heads=p.heads,
+        *cast[:3], cast[3 : 3 + n], cast[3 + n :], fusion=p.fusion, heads=p.heads,
         key_mask=o.key_mask,
     )  # fmt: skip
-    grads = torch.autograd.grad(out, wide, o.grad_out.double())
-    named = {"out": out.detach()} | dict(zip(leaves(o), grads, strict=True))
-    return [Expected(name, (), values) for name, values in named.items()]
+    grads = torch.autograd.grad(out, cast, o.grad_out.to(dtype))
+    return {"out": out.detach()} | dict(zip(leaves(o), grads, strict=True))
 
 
 def score_size(problem: Problem) -> float:

@@ -1,89 +1,98 @@
-// Small matrix products on tiles that lie in cache: C (+)= A B and C (+)= A^T B, B and C in whole SIMD words per row.
+// Small matrix products on tiles that lie in cache: C (+)= A B and C (+)= A^T B, B and C in whole SIMD words per row, or
+// B in panels: a word wide, its rows one after another, ldb from panel to panel.
 #pragma once
 #include <cstdint>
 
 namespace lam {
 namespace {
 
-// Depth of one pass: a B block of this many rows by kCols words stays in L1 while the rows of A go by.
-constexpr int64_t kDepth = 128;
+// Depth of one pass: a B block of this many rows by kCols words stays in L1 while the rows of A go by. Rows a power of
+// two apart share few of its sets, and fewer of them stay.
+inline int64_t pass_depth(int64_t row_bytes) {
+  const int64_t power = row_bytes & -row_bytes;
+  return power <= 256 ? 128 : power >= 2048 ? 16 : 32768 / power;
+}
 
-template <class V, int MR, int NR, bool TransA, bool Accumulate>
+template <class V, int MR, int NR, bool TransA, bool Accumulate, bool Panels>
 __attribute__((always_inline)) inline void gemm_registers(int64_t K, const typename V::T* __restrict A, int64_t lda,
                                                           const typename V::T* __restrict B, int64_t ldb,
                                                           typename V::T* __restrict C, int64_t ldc) {
   typename V::reg c[MR][NR];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) c[m][n] = Accumulate ? V::load(C + m * ldc + n * V::W) : V::zero();
   for (int64_t k = 0; k < K; ++k) {
     typename V::reg b[NR];
 #pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) b[n] = V::load(B + k * ldb + n * V::W);
-#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n) b[n] = V::load(Panels ? B + k * V::W + n * ldb : B + k * ldb + n * V::W);
+#pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const typename V::reg a = V::set1(TransA ? A[k * lda + m] : A[m * lda + k]);
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) c[m][n] = V::fma(a, b[n], c[m][n]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) V::store(C + m * ldc + n * V::W, c[m][n]);
 }
 
 // The rows that are left over, fewer than a register tile has.
-template <class V, int MR, int NR, bool TransA, bool Accumulate>
+template <class V, int MR, int NR, bool TransA, bool Accumulate, bool Panels>
 inline void gemm_last_rows(int64_t M, int64_t K, const typename V::T* A, int64_t lda, const typename V::T* B,
                            int64_t ldb, typename V::T* C, int64_t ldc) {
   if constexpr (MR > 0) {
     if (M == MR) {
-      gemm_registers<V, MR, NR, TransA, Accumulate>(K, A, lda, B, ldb, C, ldc);
+      gemm_registers<V, MR, NR, TransA, Accumulate, Panels>(K, A, lda, B, ldb, C, ldc);
     } else {
-      gemm_last_rows<V, MR - 1, NR, TransA, Accumulate>(M, K, A, lda, B, ldb, C, ldc);
+      gemm_last_rows<V, MR - 1, NR, TransA, Accumulate, Panels>(M, K, A, lda, B, ldb, C, ldc);
     }
   }
 }
 
-template <class V, int NR, bool TransA, bool Accumulate>
+template <class V, int NR, bool TransA, bool Accumulate, bool Panels>
 void gemm_columns(int64_t M, int64_t K, const typename V::T* A, int64_t lda, const typename V::T* B, int64_t ldb,
                   typename V::T* C, int64_t ldc) {
   int64_t m = 0;
+  if constexpr (2 * NR <= V::kCols)  // few columns: more rows, for enough sums to be under way at once
+    for (; m + 2 * V::kRows <= M; m += 2 * V::kRows)
+      gemm_registers<V, 2 * V::kRows, NR, TransA, Accumulate, Panels>(K, A + (TransA ? m : m * lda), lda, B, ldb, C + m * ldc, ldc);
   for (; m + V::kRows <= M; m += V::kRows)
-    gemm_registers<V, V::kRows, NR, TransA, Accumulate>(K, A + (TransA ? m : m * lda), lda, B, ldb, C + m * ldc, ldc);
-  gemm_last_rows<V, V::kRows - 1, NR, TransA, Accumulate>(M - m, K, A + (TransA ? m : m * lda), lda, B, ldb,
+    gemm_registers<V, V::kRows, NR, TransA, Accumulate, Panels>(K, A + (TransA ? m : m * lda), lda, B, ldb, C + m * ldc, ldc);
+  gemm_last_rows<V, V::kRows - 1, NR, TransA, Accumulate, Panels>(M - m, K, A + (TransA ? m : m * lda), lda, B, ldb,
                                                           C + m * ldc, ldc);
 }
 
-template <class V, int NR, bool TransA, bool Accumulate>
+template <class V, int NR, bool TransA, bool Accumulate, bool Panels>
 void gemm_last_columns(int64_t words, int64_t M, int64_t K, const typename V::T* A, int64_t lda,
                        const typename V::T* B, int64_t ldb, typename V::T* C, int64_t ldc) {
   if constexpr (NR > 0) {
     if (words == NR) {
-      gemm_columns<V, NR, TransA, Accumulate>(M, K, A, lda, B, ldb, C, ldc);
+      gemm_columns<V, NR, TransA, Accumulate, Panels>(M, K, A, lda, B, ldb, C, ldc);
     } else {
-      gemm_last_columns<V, NR - 1, TransA, Accumulate>(words, M, K, A, lda, B, ldb, C, ldc);
+      gemm_last_columns<V, NR - 1, TransA, Accumulate, Panels>(words, M, K, A, lda, B, ldb, C, ldc);
     }
   }
 }
 
 // C [M, words * W] = (Accumulate ? C : 0) + A [M, K] B, or A^T with A stored [K, M].
-template <class V, bool TransA, bool Accumulate>
+template <class V, bool TransA, bool Accumulate, bool Panels = false>
 void gemm(int64_t M, int64_t words, int64_t K, const typename V::T* A, int64_t lda, const typename V::T* B,
           int64_t ldb, typename V::T* C, int64_t ldc) {
-  for (int64_t k = 0; k < K; k += kDepth) {
-    const int64_t depth = K - k < kDepth ? K - k : kDepth;
+  const int64_t row = Panels ? V::W : ldb, word = Panels ? ldb : V::W;
+  const int64_t most = pass_depth(row * static_cast<int64_t>(sizeof(typename V::T)));
+  for (int64_t k = 0; k < K; k += most) {
+    const int64_t depth = K - k < most ? K - k : most;
     const typename V::T* Ak = A + (TransA ? k * lda : k);
     for (int64_t n = 0; n < words; n += V::kCols) {
       const int64_t left = words - n < V::kCols ? words - n : V::kCols;
+      const typename V::T* Bk = B + k * row + n * word;
       if (k == 0 && !Accumulate)
-        gemm_last_columns<V, V::kCols, TransA, false>(left, M, depth, Ak, lda, B + k * ldb + n * V::W, ldb,
-                                                      C + n * V::W, ldc);
+        gemm_last_columns<V, V::kCols, TransA, false, Panels>(left, M, depth, Ak, lda, Bk, ldb, C + n * V::W, ldc);
       else
-        gemm_last_columns<V, V::kCols, TransA, true>(left, M, depth, Ak, lda, B + k * ldb + n * V::W, ldb,
-                                                     C + n * V::W, ldc);
+        gemm_last_columns<V, V::kCols, TransA, true, Panels>(left, M, depth, Ak, lda, Bk, ldb, C + n * V::W, ldc);
     }
   }
 }

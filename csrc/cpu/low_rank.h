@@ -33,9 +33,9 @@ struct Slices {
 // `count` rows of a factor of head (b, h), from `first` on and `step` apart.
 template <class V>
 Rows<typename V::T> stage_factor(const View& v, int64_t rank, int64_t b, int64_t h, int64_t first, int64_t step,
-                                 int64_t count, typename V::T* buffer) {
+                                 int64_t count, typename V::T* buffer, bool whole_words = true) {
   const char* rows = at(v, b * v.stride[0] + h * v.stride[1] + first * v.stride[2]);
-  return stage_rows<V>(rows, v.dtype, v.stride[2] * step, count, rank, buffer);
+  return stage_rows<V>(rows, v.dtype, v.stride[2] * step, count, rank, buffer, whole_words);
 }
 template <class V>
 int64_t staged_elements(const View& v, int64_t rank, int64_t count) {
@@ -49,7 +49,7 @@ class FactorProduct {
   using T = typename V::T;
   FactorProduct(const Factors& factors, int64_t max_rows, int64_t max_cols, Arena& arena) : f_(factors) {
     if (f_.rank == 0) return;
-    panels_ = arena.take<T>(round_up(max_cols, kPanel<V>) * f_.rank);
+    panels_ = arena.take<T>(round_up(max_cols, V::W) * f_.rank);
     rows_ = arena.take<T>(staged_elements<V>(f_.rows, f_.rank, max_rows));
     columns_ = arena.take<T>(staged_elements<V>(f_.columns, f_.rank, max_cols));
     offset_ = arena.take<T>(round_up(max_cols, V::W));
@@ -58,23 +58,24 @@ class FactorProduct {
   // to [region.rows, ld] = M of head (b, h), whole words a row
   void build(const Region& region, int64_t b, int64_t h, T* to, int64_t ld) {
     const int64_t width = round_up(region.cols, V::W);
-    memset(offset_, 0, static_cast<size_t>(width) * sizeof(T));
-    if (f_.offset.data != nullptr) {
-      const int64_t* s = f_.offset.stride;
-      load_row<V>(offset_, at(f_.offset, b * s[0] + h * s[1] + region.j0 * s[3]), f_.offset.dtype, s[3] * region.step,
-                  region.cols);
-    }
-    for (int64_t r = 0; r < region.rows; ++r) memcpy(to + r * ld, offset_, static_cast<size_t>(width) * sizeof(T));
-    const Rows<T> rows = stage_factor<V>(f_.rows, f_.rank, b, h, region.i0, region.step, region.rows, rows_);
-    const Rows<T> columns = stage_factor<V>(f_.columns, f_.rank, b, h, region.j0, region.step, region.cols, columns_);
+    const Rows<T> rows = stage_factor<V>(f_.rows, f_.rank, b, h, region.i0, region.step, region.rows, rows_, false);
+    const Rows<T> columns = stage_factor<V>(f_.columns, f_.rank, b, h, region.j0, region.step, region.cols, columns_, false);
     pack_transposed<V>(columns, region.cols, f_.rank, panels_);
-    constexpr int64_t P = kPanel<V>;
-    for (int64_t c = 0; c < width; c += P)
-      gemm<V, false, true>(region.rows, min64(P, width - c) / V::W, f_.rank, rows.data, rows.ld, panels_ + c * f_.rank,
-                           P, to + c, ld);
+    if (f_.offset.data == nullptr) return multiply<false>(rows, region.rows, width, to, ld);
+    const int64_t* s = f_.offset.stride;
+    memset(offset_, 0, static_cast<size_t>(width) * sizeof(T));
+    load_row<V>(offset_, at(f_.offset, b * s[0] + h * s[1] + region.j0 * s[3]), f_.offset.dtype, s[3] * region.step,
+                region.cols);
+    for (int64_t r = 0; r < region.rows; ++r) memcpy(to + r * ld, offset_, static_cast<size_t>(width) * sizeof(T));
+    multiply<true>(rows, region.rows, width, to, ld);
   }
 
  private:
+  template <bool kAdd>
+  void multiply(Rows<T> rows, int64_t count, int64_t width, T* to, int64_t ld) const {
+    gemm<V, false, kAdd, true>(count, width / V::W, f_.rank, rows.data, rows.ld, panels_, f_.rank * V::W, to, ld);
+  }
+
   const Factors& f_;
   T *panels_ = nullptr, *rows_ = nullptr, *columns_ = nullptr, *offset_ = nullptr;
 };

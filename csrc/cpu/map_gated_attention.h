@@ -10,25 +10,32 @@
 namespace lam {
 namespace {
 
-// A gate in the kernel's number type: rows of whole SIMD words, zero beyond T.
+// A gate [T, T] and, where wanted, its transpose as panels (gemm.h) in the kernel's number type; `rows` holds W rows.
 template <class V>
-void stage_gate(const View& gate, int64_t T_, bool transposed, typename V::T factor, typename V::T* to, int64_t ld) {
+void stage_gate(const View& gate, int64_t T_, typename V::T factor, typename V::T* rows, typename V::T* panels,
+                typename V::T* transposed) {
   using T = typename V::T;
-  const int64_t along = gate.stride[transposed ? 2 : 3], down = gate.stride[transposed ? 3 : 2];
-  for (int64_t r = 0; r < T_; ++r) {
-    T* row = to + r * ld;
-    for (int64_t c = T_; c < ld; ++c) row[c] = T(0);
-    load_row<V>(row, at(gate, r * down), gate.dtype, along, T_);
-    for (int64_t c = T_; c < ld; ++c) row[c] = T(0);
-    if (factor != T(1))
-      for (int64_t c = 0; c < T_; ++c) row[c] *= factor;
+  constexpr int64_t W = V::W;
+  const int64_t ld = round_up(T_, W);
+  for (int64_t r0 = 0; r0 < T_; r0 += W) {
+    const int64_t count = min64(W, T_ - r0);
+    for (int64_t r = 0; r < count; ++r) {
+      T* row = rows + r * ld;
+      load_row<V>(row, at(gate, (r0 + r) * gate.stride[2]), gate.dtype, gate.stride[3], T_);
+      for (int64_t c = T_; c < ld; ++c) row[c] = T(0);
+      for (int64_t c = 0; c < ld; c += W) {
+        const typename V::reg word = V::mul(V::set1(factor), V::load(row + c));
+        V::store(row + c, word);
+        V::store(panels + c * T_ + (r0 + r) * W, word);
+      }
+    }
+    if (transposed != nullptr) pack_transposed<V>(Rows<T>{rows, ld}, count, T_, transposed + r0 * T_);
   }
 }
 
 // The staged gates of a call: W^g and -W^l, and where wanted their transposes.
 template <class T>
 struct Gates {
-  int64_t ld;
   T *whole, *near, *whole_t = nullptr, *near_t = nullptr;
 };
 
@@ -64,39 +71,36 @@ class MapGate {
 
     explicit Sizes(const MapGatedAttentionParams& p) {
       constexpr int64_t R = Products::kRowMultiple, C = Products::kColMultiple;
-      const int64_t rows = round_up(p.Lq, R);
-      // a multiple of the pieces, few enough rows for all planes of the backward pass to share the second-level cache
-      blocking = {rows, round_up(p.Lk, C), min64(rows, round_up(48, LocalPieces<Products>::kRows)), round_up(p.Lk, C)};
-      ld = blocking.tile_cols + V::W;
+      ld = round_up(p.Lk, C) + V::W;
+      // Blocks of even size: all planes of the backward pass share the second-level cache, while a gate comes from
+      // beyond it once a block.
+      constexpr int64_t kPlanes = 6, kPlaneBytes = 840 << 10;
+      const int64_t most = max64(R, kPlaneBytes / (kPlanes * ld * static_cast<int64_t>(sizeof(T))));
+      const int64_t rows = max64(p.Lq, 1);
+      blocking = {round_up(rows, R), round_up(p.Lk, C), round_up(ceil_div(rows, ceil_div(rows, most)), R), round_up(p.Lk, C)};
       width = round_up(p.Dv, V::W);
       depth = round_up(p.D, V::W);
       maps = p.grad_query.data || p.grad_key.data;
       gates = p.grad_gate_global.data || p.grad_gate_local.data;
     }
-    int64_t gate_elements(int64_t T_) const { return T_ * ld; }
+    int64_t sum_elements(int64_t T_) const { return T_ * ld; }
   };
 
   // Stages the gates, runs the tasks, sums and stores the gradients of the gates.
   template <class Body>
   static int run(const MapGatedAttentionParams& p, const Sizes& sizes, bool backward, int64_t tasks,
                  const Body& body) {
-    const int64_t gate = sizes.gate_elements(p.Lk);
+    const int64_t padded = round_up(p.Lk, V::W), gate = p.Lk * padded, sum = sizes.sum_elements(p.Lk);
     const bool transposed = backward && sizes.maps;
-    const int64_t copies = backward && sizes.gates ? 2 * tasks : 0;
-    ScratchBlock shared((2 + 2 * transposed + copies) * gate * static_cast<int64_t>(sizeof(T)));
+    const int64_t staged = (transposed ? 4 : 2) * gate, copies = backward && sizes.gates ? 2 * tasks : 0;
+    ScratchBlock shared((V::W * padded + staged + copies * sum) * static_cast<int64_t>(sizeof(T)));
     if (shared.data == nullptr) return 1;
-    T* at_gate = static_cast<T*>(shared.data);
-    Gates<T> gates{sizes.ld, at_gate, at_gate + gate};
-    stage_gate<V>(p.gate_global, p.Lk, false, T(1), gates.whole, sizes.ld);
-    stage_gate<V>(p.gate_local, p.Lk, false, T(-1), gates.near, sizes.ld);
-    at_gate += 2 * gate;
-    if (transposed) {
-      gates.whole_t = at_gate, gates.near_t = at_gate + gate;
-      stage_gate<V>(p.gate_global, p.Lk, true, T(1), gates.whole_t, sizes.ld);
-      stage_gate<V>(p.gate_local, p.Lk, true, T(-1), gates.near_t, sizes.ld);
-      at_gate += 2 * gate;
-    }
-    T* const sums = copies > 0 ? at_gate : nullptr;
+    T *const rows = static_cast<T*>(shared.data), *const at_gate = rows + V::W * padded;
+    Gates<T> gates{at_gate, at_gate + gate};
+    if (transposed) gates.whole_t = at_gate + 2 * gate, gates.near_t = at_gate + 3 * gate;
+    stage_gate<V>(p.gate_global, p.Lk, T(1), rows, gates.whole, gates.whole_t);
+    stage_gate<V>(p.gate_local, p.Lk, T(-1), rows, gates.near, gates.near_t);
+    T* const sums = copies > 0 ? at_gate + staged : nullptr;
     Arena count;
     { MapGate counted(p, sizes, gates, backward, count); }
     ScratchBlock block(count.used * p.num_threads);
@@ -104,8 +108,8 @@ class MapGate {
     run_tasks(p, tasks, [&](int64_t worker, int64_t task) {
       Arena arena{static_cast<char*>(block.data) + worker * count.used};
       MapGate mine(p, sizes, gates, backward, arena);
-      T* own = sums == nullptr ? nullptr : sums + task * 2 * gate;
-      if (own != nullptr) memset(own, 0, static_cast<size_t>(2 * gate) * sizeof(T));
+      T* own = sums == nullptr ? nullptr : sums + task * 2 * sum;
+      if (own != nullptr) memset(own, 0, static_cast<size_t>(2 * sum) * sizeof(T));
       body(mine, task, own);
     });
     if (sums != nullptr) finish_gates(p, sizes, sums, tasks);
@@ -113,7 +117,7 @@ class MapGate {
   }
 
   static void finish_gates(const MapGatedAttentionParams& p, const Sizes& sizes, T* sums, int64_t tasks) {
-    const int64_t gate = sizes.gate_elements(p.Lk);
+    const int64_t gate = sizes.sum_elements(p.Lk);
     const View* const grads[] = {&p.grad_gate_global, &p.grad_gate_local};
     run_tasks(p, 2 * p.Lk, [&](int64_t, int64_t row) {
       const int64_t which = row % 2, i = row / 2;
@@ -135,7 +139,8 @@ class MapGate {
         products_(p, sizes.blocking, backward, arena),
         whole_visible_(without_pattern_, key_words(arena, sizes), key_words(arena, sizes)),
         pieces_(p, sizes.blocking, arena),
-        ld_(sizes.ld) {
+        ld_(sizes.ld),
+        panel_(p.Lk * V::W) {
     without_pattern_ = p;
     without_pattern_.n_patterns = 0;
     // products write whole blocks of their row multiple
@@ -201,11 +206,11 @@ class MapGate {
       tile.visible_ld = whole_visible_.ld();
     }
     probabilities(tile);
-    gemm<V, false, false>(rows, words, p_.Lk, whole_, ld_, gates_.whole, gates_.ld, gate_, ld_);
+    gemm<V, false, false, true>(rows, words, p_.Lk, whole_, ld_, gates_.whole, panel_, gate_, ld_);
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& k = kept_[n];
-      gemm<V, false, true>(k.tile.rows, words, k.tile.cols, k.tile.scores, k.tile.ld, gates_.near + k.lo * gates_.ld,
-                           gates_.ld, gate_ + k.s * ld_, ld_);
+      gemm<V, false, true, true>(k.tile.rows, words, k.tile.cols, k.tile.scores, k.tile.ld, gates_.near + k.lo * V::W,
+                                 panel_, gate_ + k.s * ld_, ld_);
     }
     const typename V::reg one = V::set1(T(1)), minus_log2e = V::set1(-kLog2e<T>);
     for (int64_t r = 0; r < rows; ++r)
@@ -335,11 +340,11 @@ class MapGate {
       V::store(near_grad_ + (k.s + r) * ld_ + c, V::mul(x, rest));
     });
     if (p_.grad_gate_global.data != nullptr)
-      gemm<V, true, true>(p_.Lk, words, rows, whole_, ld_, grad_logit_, ld_, gate_sums, gates_.ld);
+      gemm<V, true, true>(p_.Lk, words, rows, whole_, ld_, grad_logit_, ld_, gate_sums, ld_);
     for (int64_t n = 0; p_.grad_gate_local.data != nullptr && n < n_kept_; ++n) {
       const Piece& k = kept_[n];
       gemm<V, true, true>(k.tile.cols, words, k.tile.rows, k.tile.scores, k.tile.ld, grad_logit_ + k.s * ld_, ld_,
-                          gate_sums + s_.gate_elements(p_.Lk) + k.lo * gates_.ld, gates_.ld);
+                          gate_sums + s_.sum_elements(p_.Lk) + k.lo * ld_, ld_);
     }
     if (!s_.maps) return;
     for (int64_t r = 0; r < rows; ++r)
@@ -347,14 +352,14 @@ class MapGate {
         T* grad = grad_ + r * ld_ + c;
         V::store(grad, V::mul(V::load(grad), V::load(gate_ + r * ld_ + c)));
       }
-    gemm<V, false, true>(rows, words, p_.Lk, grad_logit_, ld_, gates_.whole_t, gates_.ld, grad_, ld_);
+    gemm<V, false, true, true>(rows, words, p_.Lk, grad_logit_, ld_, gates_.whole_t, panel_, grad_, ld_);
     for (int64_t r = 0; r < rows; ++r) softmax_slope(whole_ + r * ld_, grad_ + r * ld_, words);
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& k = kept_[n];
       const int64_t near_words = ceil_div(k.tile.cols, V::W);
       T* near_grad = near_grad_ + k.s * ld_;
-      gemm<V, false, true>(k.tile.rows, near_words, p_.Lk, grad_logit_ + k.s * ld_, ld_, gates_.near_t + k.lo, gates_.ld,
-                           near_grad, ld_);
+      gemm<V, false, true, true>(k.tile.rows, near_words, p_.Lk, grad_logit_ + k.s * ld_, ld_,
+                                 gates_.near_t + k.lo * p_.Lk, panel_, near_grad, ld_);
       for (int64_t r = 0; r < k.tile.rows; ++r) {
         softmax_slope(k.tile.scores + r * k.tile.ld, near_grad + r * ld_, near_words);
         T* to = grad_ + (k.s + r) * ld_ + k.lo;
@@ -383,7 +388,7 @@ class MapGate {
   Products products_;
   Visibility whole_visible_;
   LocalPieces<Products> pieces_;
-  int64_t ld_, b_ = 0, h_ = 0, n_kept_ = 0;
+  int64_t ld_, panel_, b_ = 0, h_ = 0, n_kept_ = 0;  // rows of a plane, panels of a gate: elements apart
   Region region_{};
   T *whole_, *gate_, *mixed_, *sums_, *out_ = nullptr, *grad_ = nullptr, *grad_logit_ = nullptr, *near_grad_ = nullptr;
   T *query_sum_ = nullptr, *key_sum_ = nullptr, *value_sum_ = nullptr;

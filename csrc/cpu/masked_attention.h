@@ -20,17 +20,17 @@
 namespace lam {
 namespace {
 
-// Does every query see but few keys?
-inline bool narrow_patterns(const MaskedAttentionParams& p) {
-  if (p.n_patterns == 0) return false;
-  const int64_t rows = min64(p.Lq, 256);
-  for (int64_t h = 0; h < p.n_patterns; ++h) {
-    const PatternSpec& spec = p.patterns[h];
-    const int64_t first = (p.Lq - rows) / 2, step = key_step(spec);
-    const KeyRange range = tile_range(spec, first, first + (rows - 1) / step * step, p.Lq, p.Lk);
-    if ((range.stop - range.start) / step > 512) return false;
-  }
-  return true;
+// Is a head that sees this pattern better worked on in short tiles? They visit fewer hidden pairs, but reuse each key for
+// fewer rows.
+template <class Products>
+bool suits_short_tiles(const MaskedAttentionParams& p, const PatternSpec& spec) {
+  const auto keys_seen = [&](int64_t rows) {  // by a tile in the middle
+    const int64_t step = key_step(spec), first = max64(0, p.Lq / step - rows) / 2 * step;
+    const int64_t last = first + min64(rows - 1, (p.Lq - 1 - first) / step) * step;
+    const KeyRange range = tile_range(spec, first, last, p.Lq, p.Lk);
+    return (range.stop - range.start) / step;
+  };
+  return 9 * keys_seen(Products::blocking(true, false).tile_rows) < 8 * keys_seen(Products::blocking(false, false).tile_rows);
 }
 
 // The block of a block-diagonal pattern of all heads, 0 where there is none.
@@ -45,19 +45,29 @@ inline int64_t common_block(const MaskedAttentionParams& p) {
 // The region and tile sizes of a call: whole tiles, evenly divided.
 template <class Products>
 Blocking choose_blocking(const MaskedAttentionParams& p, bool backward, int64_t rows, int64_t cols) {
-  Blocking s = Products::blocking(narrow_patterns(p), backward);
+  bool narrow = p.n_patterns > 0 && p.Lq > 0;
+  for (int64_t h = 0; narrow && h < p.n_patterns; ++h) narrow = suits_short_tiles<Products>(p, p.patterns[h]);
+  Blocking s = Products::blocking(narrow, backward);
   constexpr int64_t R = Products::kRowMultiple, C = Products::kColMultiple;
   s.region_rows = min64(s.region_rows, round_up(max64(rows, 1), R));
   s.region_cols = min64(s.region_cols, round_up(max64(cols, 1), C));
   s.tile_rows = round_up(ceil_div(s.region_rows, ceil_div(s.region_rows, s.tile_rows)), R);
   s.tile_cols = round_up(ceil_div(s.region_cols, ceil_div(s.region_cols, s.tile_cols)), C);
+  s.short_rows = min64(s.tile_rows, Products::blocking(true, backward).tile_rows);
   // a tile that is a block sees all of its keys and no others
   const int64_t block = common_block(p);
   if (block >= 16 && block <= 96 && block < s.region_rows && (Products::kAnyRows || block % R == 0)) {
-    s.tile_rows = block;
+    s.tile_rows = s.short_rows = block;
     s.region_rows = s.region_rows / block * block;
   }
   return s;
+}
+
+// The rows of a tile of head h.
+template <class Products>
+int64_t tile_rows_of_head(const MaskedAttentionParams& p, const Blocking& s, int64_t h) {
+  const bool few = p.n_patterns > 1 && suits_short_tiles<Products>(p, p.patterns[h]);
+  return few ? s.short_rows : s.tile_rows;
 }
 
 // The keep bits of a tile of head (b, h), one row of 64-bit words a query.
@@ -247,30 +257,32 @@ class Forward {
     scores_ = arena.take<T>(s.tile_rows * (s.tile_cols + V::W));
     out_ = arena.take<T>(in_place<V>(p.query.dtype, p.Dv) ? 0 : states * s.region_rows * width_);
     state_ = arena.take<RowState<T>>(states * s.region_rows);
-    opened_ = arena.take<uint8_t>(states * ceil_div(s.region_rows, s.tile_rows));
+    opened_ = arena.take<uint8_t>(states * ceil_div(s.region_rows, s.short_rows));
   }
 
   void visit(const Region& region, const Pass& pass, bool first, bool last) {
     masks_.enter(region);
     second_.enter(region);
     entered_keys_ = -1;
-    const int64_t tiles = ceil_div(s_.region_rows, s_.tile_rows);
+    const int64_t tiles = ceil_div(s_.region_rows, s_.short_rows);
     for (int64_t n = 0; n < unit_heads_; ++n) {
       const int64_t b = (first_head_ + n) / p_.H, h = (first_head_ + n) % p_.H;
       if (p_.n_patterns > 1 && !(pass_of(p_, h) == pass)) continue;
       const int64_t state = one_region_ ? 0 : n;
       uint8_t* opened = opened_ + state * tiles;
+      const int64_t tile_rows = tile_rows_of_head<Products>(p_, s_, h);
       if (first) memset(opened, 0, static_cast<size_t>(tiles));
       Rows<T> out = out_rows<V>(p_.out, p_.query.dtype, p_.Dv, region, b, h, out_, state * s_.region_rows);
       second_.enter_head(b, h, state, first);
-      if (region.cols > 0) attend(region, b, h, out, state_ + state * s_.region_rows, opened);
+      if (region.cols > 0) attend(region, b, h, tile_rows, out, state_ + state * s_.region_rows, opened);
       if (!last) continue;
-      finish_rows<V>(p_, p_.out, p_.lse, region, b, h, out, state_ + state * s_.region_rows, opened, s_.tile_rows);
+      finish_rows<V>(p_, p_.out, p_.lse, region, b, h, out, state_ + state * s_.region_rows, opened, tile_rows);
       second_.finish();
     }
   }
 
-  void attend(const Region& region, int64_t b, int64_t h, Rows<T> out, RowState<T>* state, uint8_t* opened) {
+  void attend(const Region& region, int64_t b, int64_t h, int64_t tile_rows, Rows<T> out, RowState<T>* state,
+              uint8_t* opened) {
     const int64_t hk = h / (p_.H / p_.Hkv);
     const KeyRange range = p_.n_patterns > 1
                                ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
@@ -284,8 +296,8 @@ class Forward {
     }
     products_.enter_queries(region, b, h);
     const int64_t ld = s_.tile_cols + V::W;
-    for (int64_t r0 = 0, block = 0; r0 < region.rows; r0 += s_.tile_rows, ++block) {
-      const int64_t rows = min64(s_.tile_rows, region.rows - r0);
+    for (int64_t r0 = 0, block = 0; r0 < region.rows; r0 += tile_rows, ++block) {
+      const int64_t rows = min64(tile_rows, region.rows - r0);
       for (int64_t c = 0; c < region.cols; c += s_.tile_cols) {
         int64_t lo = c, hi = min64(c + s_.tile_cols, region.cols);
         Tile<T> tile{};

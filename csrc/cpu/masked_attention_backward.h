@@ -11,9 +11,9 @@ template <class V>
 class RowSums {
  public:
   using T = typename V::T;
-  RowSums(const MaskedAttentionParams& p, int64_t rows, Arena& arena) : p_(p), width_(round_up(p.Dv, V::W)) {
-    out_row_ = arena.take<T>(width_);
-    grad_out_row_ = arena.take<T>(width_);
+  RowSums(const MaskedAttentionParams& p, int64_t rows, Arena& arena) : p_(p) {
+    out_row_ = arena.take<T>(round_up(p.Dv, V::W));
+    grad_out_row_ = arena.take<T>(round_up(p.Dv, V::W));
     shift_ = arena.take<T>(rows);
     delta_ = arena.take<T>(rows);
   }
@@ -28,8 +28,12 @@ class RowSums {
       shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
       const T *out = row_of(p_.out, b, h, i, out_row_), *grad_out = row_of(p_.grad_out, b, h, i, grad_out_row_);
       typename V::reg sum = V::zero();
-      for (int64_t d = 0; d < width_; d += V::W)
-        sum = V::fma(V::load(out + d), V::load(grad_out + d), sum);
+      int64_t d = 0;
+      for (; d + V::W <= p_.Dv; d += V::W) sum = V::fma(V::load(out + d), V::load(grad_out + d), sum);
+      if (d < p_.Dv) {
+        const auto inside = lanes_inside<V>(p_.Dv - d);
+        sum = V::fma(V::load(out + d, inside), V::load(grad_out + d, inside), sum);
+      }
       delta_[r] = V::reduce_add(sum);
       if (p_.grad_lse.data != nullptr)
         delta_[r] -= load_scalar<T>(at(p_.grad_lse, head_offset(p_.grad_lse, b, h) + i * gs[2]), p_.grad_lse.dtype);
@@ -40,14 +44,12 @@ class RowSums {
   // One row of an operand, in place or converted.
   const T* row_of(const View& v, int64_t b, int64_t h, int64_t i, T* buffer) const {
     const char* row = at(v, head_offset(v, b, h) + i * v.stride[2]);
-    if (in_place<V>(v.dtype, p_.Dv)) return reinterpret_cast<const T*>(row);
+    if (size_of(v.dtype) == sizeof(T)) return reinterpret_cast<const T*>(row);
     load_row<V>(buffer, row, v.dtype, 1, p_.Dv);
-    for (int64_t d = p_.Dv; d < width_; ++d) buffer[d] = T(0);
     return buffer;
   }
 
   const MaskedAttentionParams& p_;
-  int64_t width_;
   T *out_row_, *grad_out_row_, *shift_, *delta_;
 };
 
@@ -360,11 +362,11 @@ class Backward {
     const Plane<T> dbias = grad_bias_.select(b, h, head.first_bias);
     sums_.enter(region, b, h);
     second_.enter_head(b, h);
-    const int64_t ld = s_.size.tile_cols + V::W;
+    const int64_t ld = s_.size.tile_cols + V::W, tile_rows = tile_rows_of_head<Products>(p_, s_.size, h);
     for (int64_t c = 0; c < region.cols; c += s_.size.tile_cols) {
-      for (int64_t r0 = 0; r0 < region.rows; r0 += s_.size.tile_rows) {
+      for (int64_t r0 = 0; r0 < region.rows; r0 += tile_rows) {
         Tile<T> tile = head;
-        tile.rows = min64(s_.size.tile_rows, region.rows - r0);
+        tile.rows = min64(tile_rows, region.rows - r0);
         int64_t lo = c, hi = min64(c + s_.size.tile_cols, region.cols);
         if (!masks_.clip(r0, tile.rows, lo, hi, tile)) continue;
         tile.cols = hi - lo;

@@ -17,6 +17,7 @@ inline int64_t head_offset(const View& v, int64_t b, int64_t h) { return b * v.s
 struct Blocking {
   int64_t region_rows, region_cols;
   int64_t tile_rows, tile_cols;
+  int64_t short_rows = 0;  // rows of a tile of a head that sees few keys beside heads that see many
 };
 
 template <class V>
@@ -24,7 +25,7 @@ class FmaProducts {
  public:
   using Word = V;
   using T = typename V::T;
-  static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = kPanel<V>;
+  static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = V::W * V::kCols;
   static constexpr bool kAnyRows = true;  // tiles need not have a multiple of rows, it is only faster
 
   static Blocking blocking(bool narrow, bool backward) {
@@ -34,7 +35,7 @@ class FmaProducts {
   }
 
   FmaProducts(const MaskedAttentionParams& p, const Blocking& s, bool backward, Arena& arena)
-      : p_(p), depth_(round_up(p.D, V::W)), width_(round_up(p.Dv, V::W)) {
+      : p_(p), backward_(backward), depth_(round_up(p.D, V::W)), width_(round_up(p.Dv, V::W)) {
     const DType d = p.query.dtype;
     const bool stage_depth = !in_place<V>(d, p.D), stage_width = !in_place<V>(d, p.Dv);
     key_panels_ = arena.take<T>(s.region_cols * p.D);
@@ -47,14 +48,14 @@ class FmaProducts {
 
   void enter_keys(const Region& region, int64_t b, int64_t hk, bool want_values_panels) {
     region_ = region;
-    key_ = stage(p_.key, region.j0, region.cols, b, hk, p_.D, key_buffer_);
-    value_ = stage(p_.value, region.j0, region.cols, b, hk, p_.Dv, value_buffer_);
+    key_ = stage(p_.key, region.j0, region.cols, b, hk, p_.D, key_buffer_, backward_);
+    value_ = stage(p_.value, region.j0, region.cols, b, hk, p_.Dv, value_buffer_, !backward_);
     pack_transposed<V>(key_, region.cols, p_.D, key_panels_);
     if (want_values_panels) pack_transposed<V>(value_, region.cols, p_.Dv, value_panels_);
   }
   void enter_queries(const Region& region, int64_t b, int64_t h) {
     region_ = region;
-    query_ = stage(p_.query, region.i0, region.rows, b, h, p_.D, query_buffer_);
+    query_ = stage(p_.query, region.i0, region.rows, b, h, p_.D, query_buffer_, backward_);
   }
   void enter_grad_out(int64_t b, int64_t h) {
     grad_out_.rows = stage(p_.grad_out, region_.i0, region_.rows, b, h, p_.Dv, grad_out_.buffer);
@@ -79,11 +80,13 @@ class FmaProducts {
 
   // C [rows, words] = q . k of tile rows [r0, r0 + rows) and columns from lo
   void scores(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
-    panels(rows, words, p_.D, query_.data + r0 * query_.ld, query_.ld, key_panels_, lo, C, ldc);
+    gemm<V, false, false, true>(rows, words, p_.D, query_.data + r0 * query_.ld, query_.ld, key_panels_ + lo * p_.D,
+                                p_.D * V::W, C, ldc);
   }
   // C [rows, words] = grad_out . v
   void weight_grads(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
-    panels(rows, words, p_.Dv, grad_out_.rows.data + r0 * grad_out_.rows.ld, grad_out_.rows.ld, value_panels_, lo, C, ldc);
+    gemm<V, false, false, true>(rows, words, p_.Dv, grad_out_.rows.data + r0 * grad_out_.rows.ld, grad_out_.rows.ld,
+                                value_panels_ + lo * p_.Dv, p_.Dv * V::W, C, ldc);
   }
 
   // out [rows, Dv] (+)= P v
@@ -119,25 +122,14 @@ class FmaProducts {
     else gemm<V, TransA, true>(rows, width / V::W, depth, A, lda, B, ldb, C, ldc);
   }
 
-  Rows<T> stage(const View& v, int64_t first, int64_t count, int64_t b, int64_t h, int64_t width, T* buffer) const {
+  Rows<T> stage(const View& v, int64_t first, int64_t count, int64_t b, int64_t h, int64_t width, T* buffer,
+                bool whole_words = true) const {
     return stage_rows<V>(at(v, head_offset(v, b, h) + first * v.stride[2]), v.dtype, v.stride[2] * region_.step, count,
-                         width, buffer);
-  }
-
-  // Columns [col, col + words) of the panels, which may start inside one.
-  static void panels(int64_t rows, int64_t words, int64_t depth, const T* A, int64_t lda, const T* panels, int64_t col,
-                     T* C, int64_t ldc) {
-    constexpr int64_t P = kPanel<V>, W = V::W;
-    while (words > 0) {
-      const int64_t inside = col % P, n = min64((P - inside) / W, words);
-      gemm<V, false, false>(rows, n, depth, A, lda, panels + (col - inside) * depth + inside, P, C, ldc);
-      words -= n;
-      col += n * W;
-      C += n * W;
-    }
+                         width, buffer, whole_words);
   }
 
   const MaskedAttentionParams& p_;
+  bool backward_;  // the forward pass multiplies by rows of values, the backward pass by rows of queries and keys
   int64_t depth_, width_;
   T *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *query_buffer_;
   GradOut grad_out_{};

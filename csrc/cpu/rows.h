@@ -91,7 +91,10 @@ template <class T>
 void store_row(char* __restrict dst, DType d, int64_t stride, const T* __restrict src, T factor, int64_t n) {
   if (d == DType::f32) {
     float* p = reinterpret_cast<float*>(dst);
-    for (int64_t k = 0; k < n; ++k) p[k * stride] = static_cast<float>(src[k] * factor);
+    if (stride == 1)
+      for (int64_t k = 0; k < n; ++k) p[k] = static_cast<float>(src[k] * factor);
+    else
+      for (int64_t k = 0; k < n; ++k) p[k * stride] = static_cast<float>(src[k] * factor);
   } else if (d == DType::f64) {
     double* p = reinterpret_cast<double*>(dst);
     for (int64_t k = 0; k < n; ++k) p[k * stride] = src[k] * factor;
@@ -131,11 +134,12 @@ bool in_place(DType d, int64_t width) {
 }
 
 // `count` rows of `width`, `row_stride` elements apart: in place if they can be used there, else copied to buffer.
+// Without whole_words nothing reads beyond a row's end, and any width will do.
 template <class V>
 Rows<typename V::T> stage_rows(const char* src, DType d, int64_t row_stride, int64_t count, int64_t width,
-                               typename V::T* buffer) {
+                               typename V::T* buffer, bool whole_words = true) {
   using T = typename V::T;
-  if (in_place<V>(d, width)) return {reinterpret_cast<T*>(const_cast<char*>(src)), row_stride};
+  if (in_place<V>(d, whole_words ? width : V::W)) return {reinterpret_cast<T*>(const_cast<char*>(src)), row_stride};
   const int64_t ld = round_up(width, V::W);
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t k = width; k < ld; ++k) buffer[r * ld + k] = T(0);
@@ -189,24 +193,28 @@ void transpose_block(const typename V::T* src, int64_t lds, typename V::T* dst, 
 #endif
 }
 
-// Columns of one panel: what one pass of the matrix product over its columns covers.
-template <class V>
-constexpr int64_t kPanel = V::W * V::kCols;
-
-// rows [n, depth] -> panels [n / kPanel][depth][kPanel], the columns beyond n zero.
+// rows [n, depth] -> panels [n / W][depth][W] (gemm.h), the columns beyond n zero.
 template <class V>
 void pack_transposed(Rows<typename V::T> rows, int64_t n, int64_t depth, typename V::T* panels) {
   using T = typename V::T;
-  constexpr int64_t W = V::W, P = kPanel<V>;
-  for (int64_t j = 0; j < round_up(n, P); j += W) {
-    T* dst = panels + j / P * P * depth + j % P;
+  constexpr int64_t W = V::W;
+  for (int64_t j = 0; j < n; j += W) {
+    T* dst = panels + j * depth;
     const int64_t valid = n - j < W ? n - j : W;
     const T* src = rows.data + j * rows.ld;
-    int64_t d = 0;
-    if (valid == W)
-      for (; d + W <= depth; d += W) transpose_block<V>(src + d, rows.ld, dst + d * P, P);
-    for (; d < depth; ++d)
-      for (int64_t k = 0; k < W; ++k) dst[d * P + k] = k < valid ? src[k * rows.ld + d] : T(0);
+    for (int64_t d = 0; d < depth; d += W) {
+      const int64_t left = depth - d < W ? depth - d : W;
+      if (valid == W && left == W) {
+        transpose_block<V>(src + d, rows.ld, dst + d * W, W);
+        continue;
+      }
+      alignas(64) T block[W * W], turned[W * W];
+      const auto inside = V::from_bits((uint32_t{1} << left) - 1);
+      for (int64_t k = 0; k < W; ++k)
+        V::store(block + k * W, k < valid ? V::load(src + k * rows.ld + d, inside) : V::zero());
+      transpose_block<V>(block, W, turned, W);
+      memcpy(dst + d * W, turned, static_cast<size_t>(left * W) * sizeof(T));
+    }
   }
 }
 

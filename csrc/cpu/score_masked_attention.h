@@ -213,9 +213,8 @@ class ScoreMask {
       : p_(p), s_(s), layers_(layers) {
     const DType d = p.query.dtype;
     const bool stage_depth = !in_place<V>(d, p.D), stage_width = !in_place<V>(d, p.Dv);
-    const int64_t panel_keys = round_up(p.Lk, kPanel<V>);
-    key_panels_ = arena.take<T>(panel_keys * p.D);
-    value_panels_ = arena.take<T>(s.backward ? panel_keys * p.Dv : 0);
+    key_panels_ = arena.take<T>(s.keys * p.D);
+    value_panels_ = arena.take<T>(s.backward ? s.keys * p.Dv : 0);
     key_buffer_ = arena.take<T>(stage_depth ? p.Lk * s.depth : 0);
     value_buffer_ = arena.take<T>(stage_width ? p.Lk * s.width : 0);
     query_buffer_ = arena.take<T>(stage_depth ? s.rows * s.depth : 0);
@@ -262,9 +261,7 @@ class ScoreMask {
     if (s_.backward) pack_transposed<V>(value_, p_.Lk, p_.Dv, value_panels_);
   }
   void multiply_panels(int64_t rows, int64_t depth, Rows<T> x, const T* panels, T* to) const {
-    constexpr int64_t P = kPanel<V>;
-    for (int64_t c = 0; c < s_.keys; c += P)
-      gemm<V, false, false>(rows, min64(P, s_.keys - c) / V::W, depth, x.data, x.ld, panels + c * depth, P, to + c, s_.keys);
+    gemm<V, false, false, true>(rows, s_.keys / V::W, depth, x.data, x.ld, panels, depth * V::W, to, s_.keys);
   }
 
   // Scores of the unit's heads, and the network's input and output for `rows` rows from i0 on.

@@ -46,12 +46,13 @@ void* scratch_acquire(int64_t bytes) {
       }
     }
   }
-  const bool huge = bytes >= kHugePage;
-  const int64_t align = huge ? kHugePage : kHeader;
-  const int64_t total = (bytes + kHeader + align - 1) / align * align;
-  void* memory = aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(total));
-  if (memory == nullptr) return nullptr;
-  if (huge) madvise(memory, static_cast<size_t>(total), MADV_HUGEPAGE);
+  const int64_t align = bytes >= kHugePage ? kHugePage : kHeader;
+  int64_t total = (bytes + kHeader + kHeader - 1) / kHeader * kHeader;
+  // Most of a huge page is worth the rest of it; a result of whole huge pages and its header are not.
+  if (bytes >= kHugePage && total % kHugePage > kHugePage / 2) total = (total + kHugePage - 1) / kHugePage * kHugePage;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, static_cast<size_t>(align), static_cast<size_t>(total)) != 0) return nullptr;
+  if (total >= kHugePage) madvise(memory, static_cast<size_t>(total / kHugePage * kHugePage), MADV_HUGEPAGE);
   Block* block = static_cast<Block*>(memory);
   block->bytes = total - kHeader;
   return static_cast<char*>(memory) + kHeader;

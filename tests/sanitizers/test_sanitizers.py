@@ -47,7 +47,7 @@ def driver():
     runnable = [level for level in LEVELS if level in _native.available_levels()]
     units = {level: (source_of(level), flags_of(level)) for level in runnable}
     for level in runnable:  # files that are compiled once for each level
-        for op in ("global_local_attention", "map_gated_attention"):
+        for op in ("global_local_attention", "map_gated_attention", "score_masked_attention"):
             flags = f"{flags_of(level)} -DLAM_LEVEL={level}"
             units[f"{op}_{level}"] = (f"csrc/cpu/{op}.cpp", flags)
     units |= {
