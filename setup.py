@@ -65,9 +65,11 @@ if platform.machine() == "x86_64":
         ),
     }
 
+# ops with CUDA kernels
+CUDA_OPS = ("masked_attention", "global_local_attention")
 CUDA_SOURCES = [
     f"csrc/cuda/{n}.cu"
-    for n in ("device", *(f"masked_attention_{d}" for d in ("bf16", "f16", "f32")))
+    for n in ("device", *(f"{op}_{d}" for op in CUDA_OPS for d in ("bf16", "f16", "f32")))
 ]
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0+PTX")
 # A kernel that spills registers is a kernel that was not looked at: the build stops.
@@ -237,7 +239,9 @@ class NinjaFile:
         objects = [self.obj("_cuda", "gpu", source, archs, rule="nvcc") for source in CUDA_SOURCES]
         objects.append(self.obj("_cuda", "host", "csrc/cuda/plan.cpp", []))
         on_gpu = [*self.stable, "-DLAM_CUDA_KERNELS", "-DLAM_ON_GPU", "-DUSE_CUDA"]
-        objects.append(self.obj("_cuda", "host", "csrc/bind_masked_attention.cpp", on_gpu))
+        objects += [
+            self.obj("_cuda", "host", f"csrc/bind_{op}.cpp", on_gpu) for op in CUDA_OPS
+        ]
         library = next(
             (cuda_home() / n for n in ("lib64", "lib") if (cuda_home() / n).exists()), ""
         )
@@ -249,14 +253,10 @@ class NinjaFile:
         flags = [*EMULATION, f"-isystem{cuda_headers()}"]
         objects = [self.obj("_cuda_emulation", "cpu", source, flags) for source in CUDA_SOURCES]
         objects.append(self.obj("_cuda_emulation", "cpu", "csrc/cuda/plan.cpp", []))
-        objects.append(
-            self.obj(
-                "_cuda_emulation",
-                "cpu",
-                "csrc/bind_masked_attention.cpp",
-                [*self.stable, "-DLAM_CUDA_KERNELS"],
-            )
-        )
+        emulated = [*self.stable, "-DLAM_CUDA_KERNELS"]
+        objects += [
+            self.obj("_cuda_emulation", "cpu", f"csrc/bind_{op}.cpp", emulated) for op in CUDA_OPS
+        ]
         return self.link("_cuda_emulation", objects, self.torch_link)
 
     def text(self):

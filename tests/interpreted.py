@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 
-def _cases(dtype: str, *names: str) -> list[dict[str, str]]:
+def cases(dtype: str, *names: str) -> list[dict[str, str]]:
     return [{"case": name, "dtype": dtype} for name in names]
 
 
@@ -17,14 +17,14 @@ FILES = ("test_masked_attention", "test_masked_attention_conventions")
 # test function -> values of its parameters beside the backend; one that is not named is any
 SUBSET: dict[str, list[dict[str, str]]] = {
     "test_case": [
-        *_cases(
+        *cases(
             "float32",
             "no mask, one row", "no mask, one key", "both masks, all full", "mask of one number",
             "gate", "gate, key weights", "masks of two other dtypes", "more rows than keys",
             "rows without keys", "hidden by the bias", "dropout, nearly all", "lse alone",
             "wide scores", "scale of zero", "one pattern a head",
         ),
-        *_cases(
+        *cases(
             "bfloat16",
             "no mask", "both masks", "learned scale", "gate in half precision", "float32 masks",
             "more keys than rows", "shared heads", "one shared head", "windows",
@@ -33,7 +33,7 @@ SUBSET: dict[str, list[dict[str, str]]] = {
             "tiles, local", "tiles, dilated", "tiles, blocks", "tiles, causal",
             "one pattern a head",
         ),
-        *_cases("float16", "both masks", "mask of rows", "gate", "dropout"),
+        *cases("float16", "both masks", "mask of rows", "gate", "dropout"),
     ],
     "test_broadcast": [
         {"use": "multiplier", "axes": axes} for axes in ("bhqk", "1h1k", "b1q1", "11qk", "qk")
@@ -82,15 +82,21 @@ SUBSET: dict[str, list[dict[str, str]]] = {
 }  # fmt: skip
 
 
+def listed(item, subset: dict[str, list[dict[str, str]]]) -> bool:
+    """Whether a test has the parameters of one of the lines under its name."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return any(
+        all(str(given.get(name)) == value for name, value in wanted.items())
+        for wanted in subset.get(item.originalname, ())
+    )
+
+
 def left_out(item) -> str:
     """Why an ordinary run leaves this test out, "" when it takes it."""
     if (
         torch.cuda.is_available() or item.path.parent.name == "triton_kernels"
     ):  # the backend's own tests
         return ""
-    named = item.path.stem in FILES and hasattr(item, "callspec")
-    given = item.callspec.params if named else {}
-    for wanted in SUBSET.get(item.originalname, ()) if given else ():
-        if all(str(given.get(name)) == value for name, value in wanted.items()):
-            return ""
+    if item.path.stem in FILES and listed(item, SUBSET):
+        return ""
     return "in the interpreter: a subset here (tests/interpreted.py), all with --full"

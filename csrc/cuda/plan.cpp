@@ -34,8 +34,7 @@ int64_t tile_floats(const View& mask, int rows, int pitch) {
   return (mask.stride[2] == 0 ? 1 : rows) * static_cast<int64_t>(mask.stride[3] == 0 ? 8 : pitch);
 }
 
-Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, bool backward, bool grad_multiplier,
-                    bool grad_bias) {
+Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, const RowTiles& tiles) {
   const int size = element_bytes(p.query.dtype), rows = 16 * warps, chunks = ceil_div(p.Lk, kChunk);
   Layout l;
   std::memset(&l, 0xff, sizeof l);  // -1
@@ -44,13 +43,15 @@ Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, bool 
   l.tile_pitch = chunks * kChunk + 8;  // two rows, 4 columns each, in different banks
   Filler f;
   l.query = f.add(static_cast<int64_t>(l.row_slots) * rows * l.row_pitch * size);
-  if (backward) l.grad_out = f.add(static_cast<int64_t>(l.row_slots) * rows * l.value_pitch * size);
+  const int64_t value_rows = static_cast<int64_t>(l.row_slots) * rows * l.value_pitch * size;
+  if (tiles.backward) l.grad_out = f.add(value_rows);
+  if (tiles.backward && tiles.two_maps) l.near_grad_out = f.add(value_rows);
   l.key = f.add(static_cast<int64_t>(stages) * kChunk * l.row_pitch * size);
   l.value = f.add(static_cast<int64_t>(stages) * kChunk * l.value_pitch * size);
   if (p.multiplier.data) l.multiplier = f.add(4 * tile_floats(p.multiplier, rows, l.tile_pitch));
   if (p.bias.data) l.bias = f.add(4 * tile_floats(p.bias, rows, l.tile_pitch));
-  if (grad_multiplier) l.grad_multiplier = f.add(int64_t{4} * rows * l.tile_pitch);
-  if (grad_bias) l.grad_bias = f.add(int64_t{4} * rows * l.tile_pitch);
+  if (tiles.grad_multiplier) l.grad_multiplier = f.add(int64_t{4} * rows * l.tile_pitch);
+  if (tiles.grad_bias) l.grad_bias = f.add(int64_t{4} * rows * l.tile_pitch);
   l.visible = f.add(int64_t{8} * rows * chunks);
   if (p.dropout_p > 0) l.kept = f.add(int64_t{8} * rows * chunks);
   l.key_visible = f.add(int64_t{8} * chunks);
@@ -59,7 +60,7 @@ Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, bool 
   return l;
 }
 
-Layout lay_out_keys(const MaskedAttentionParams& p, int warps, int stages) {
+Layout lay_out_keys(const MaskedAttentionParams& p, int warps, int stages, bool two_maps) {
   const int size = element_bytes(p.query.dtype), rows = 16 * warps;
   Layout l;
   std::memset(&l, 0xff, sizeof l);
@@ -71,6 +72,7 @@ Layout lay_out_keys(const MaskedAttentionParams& p, int warps, int stages) {
   l.value = f.add(static_cast<int64_t>(l.row_slots) * rows * l.value_pitch * size);
   l.query = f.add(static_cast<int64_t>(stages) * kChunk * l.row_pitch * size);
   l.grad_out = f.add(static_cast<int64_t>(stages) * kChunk * l.value_pitch * size);
+  if (two_maps) l.near_grad_out = f.add(static_cast<int64_t>(stages) * kChunk * l.value_pitch * size);
   if (p.multiplier.data) l.multiplier = f.add(4 * tile_floats(p.multiplier, kChunk, l.tile_pitch));
   if (p.bias.data) l.bias = f.add(4 * tile_floats(p.bias, kChunk, l.tile_pitch));
   l.visible = f.add(int64_t{8} * kChunk);
@@ -78,6 +80,7 @@ Layout lay_out_keys(const MaskedAttentionParams& p, int warps, int stages) {
   l.key_visible = f.add(8);
   if (p.query.dtype == DType::f32) l.weights = f.add(int64_t{4} * rows * (kChunk + 4));
   l.lse = f.add(4 * kChunk), l.shift = f.add(4 * kChunk);
+  if (two_maps) l.near_lse = f.add(4 * kChunk), l.near_shift = f.add(4 * kChunk);
   l.bytes = f.bytes;
   return l;
 }
@@ -186,16 +189,17 @@ MaskGradient mask_gradient(const View& grad, const MaskedAttentionParams& p, con
 // False: a block's tiles fit nowhere.
 bool plan_backward(MaskedAttentionCall& c, const Device& device) {
   const MaskedAttentionParams& p = c.p;
-  c.grad_out_aligned = aligned_rows(p.grad_out, element_bytes(p.query.dtype));
-  const bool gm = p.grad_multiplier.data, gb = p.grad_bias.data, gq = p.grad_query.data;
+  const int size = element_bytes(p.query.dtype);
+  c.grad_out_aligned = aligned_rows(p.grad_out, size), c.near.grad_out_aligned = aligned_rows(c.near.grad_out, size);
+  const bool two_maps = c.two_maps, gm = p.grad_multiplier.data, gb = p.grad_bias.data, gq = p.grad_query.data;
   const bool gk = p.grad_key.data, gv = p.grad_value.data;
   auto shared = [&](const View& grad, int axis) { return grad.stride[axis] == 0; };
   bool apart = gm && gb && (shared(p.grad_multiplier, 0) != shared(p.grad_bias, 0) ||
                             shared(p.grad_multiplier, 1) != shared(p.grad_bias, 1));
-  c.rows = row_layout(p, device, true, gm, gb && !apart);
-  if (c.rows.warps == 0 && gm && gb) c.rows = row_layout(p, device, true, true, false), apart = true;
+  c.rows = row_layout(p, device, {two_maps, true, gm, gb && !apart});
+  if (c.rows.warps == 0 && gm && gb) c.rows = row_layout(p, device, {two_maps, true, true, false}), apart = true;
   if (apart) c.rows.grad_bias = c.rows.grad_multiplier;  // no block sums both
-  c.keys = key_layout(p, device);
+  c.keys = key_layout(p, device, two_maps);
   if (c.rows.warps == 0 || c.keys.warps == 0) return false;
   bool share_b, share_h;
   sharing_of_operands(p, share_b, share_h);
@@ -227,51 +231,94 @@ bool plan_backward(MaskedAttentionCall& c, const Device& device) {
 int64_t padded(int64_t floats) { return (floats + 63) / 64 * 64; }
 
 int64_t scratch_floats(const MaskedAttentionCall& c) {
-  int64_t floats = c.group[0].writes_shift ? padded(c.p.B * c.p.H * c.p.Lq) : 0;
+  int64_t floats = c.group[0].writes_shift ? (1 + c.two_maps) * padded(c.p.B * c.p.H * c.p.Lq) : 0;
   for (const MaskGradient* g : {&c.multiplier, &c.bias})
     if (g->parts > 1) floats += padded(g->parts * g->elements);
   return floats;
 }
 
-template <int Width>
-const char* forward(const MaskedAttentionCall& c, void* stream) {
-  switch (c.p.query.dtype) {
-    case DType::f32:
-      return launch_forward<float, Width>(c, stream);
-    case DType::bf16:
-      return launch_forward<Bf16, Width>(c, stream);
-    default:
-      return launch_forward<Half, Width>(c, stream);
+// Gives a launch its place in the scratch memory.
+void place_scratch(MaskedAttentionCall& c, float* free) {
+  const int64_t rows = padded(c.p.B * c.p.H * c.p.Lq);
+  if (c.group[0].writes_shift) c.shift = free, free += rows;
+  if (c.group[0].writes_shift && c.two_maps) c.near.shift = free, free += rows;
+  MaskGradient* const gradients[2] = {&c.multiplier, &c.bias};
+  for (int k = 0; k < 2; ++k) {
+    MaskGradient& g = *gradients[k];
+    if (g.parts <= 1) continue;
+    g.partial = free, free += padded(g.parts * g.elements);
+    c.reduction_blocks[k] = ceil_div(g.elements, 32 * c.keys.warps);
   }
 }
-template <int Width>
-const char* backward(const MaskedAttentionCall& c, void* stream) {
+
+// What is launched, for each dtype and width.
+struct Forward {
+  template <class T, int Width>
+  static const char* run(const MaskedAttentionCall& c, void* stream) {
+    return c.two_maps ? launch_two_map_forward<T, Width>(c, stream) : launch_forward<T, Width>(c, stream);
+  }
+};
+struct Backward {
+  template <class T, int Width>
+  static const char* run(const MaskedAttentionCall& c, void* stream) {
+    return c.two_maps ? launch_two_map_backward<T, Width>(c, stream) : launch_backward<T, Width>(c, stream);
+  }
+};
+template <class Direction, int Width>
+const char* run_for_dtype(const MaskedAttentionCall& c, void* stream) {
   switch (c.p.query.dtype) {
     case DType::f32:
-      return launch_backward<float, Width>(c, stream);
+      return Direction::template run<float, Width>(c, stream);
     case DType::bf16:
-      return launch_backward<Bf16, Width>(c, stream);
+      return Direction::template run<Bf16, Width>(c, stream);
     default:
-      return launch_backward<Half, Width>(c, stream);
+      return Direction::template run<Half, Width>(c, stream);
   }
+}
+template <class Direction>
+const char* run(const MaskedAttentionCall& c, void* stream) {
+  const int64_t width = c.p.D > c.p.Dv ? c.p.D : c.p.Dv;
+  return width <= 64 ? run_for_dtype<Direction, 64>(c, stream) : run_for_dtype<Direction, 128>(c, stream);
 }
 
 constexpr const char* kNoRoom = "a block's tiles do not fit the shared memory of this GPU";
 constexpr const char* kTooMany = "the patterns do not fit a kernel's parameters";
 
-}  // namespace
-
-Layout row_layout(const MaskedAttentionParams& p, const Device& device, bool backward, bool grad_multiplier,
-                  bool grad_bias) {
-  // one chunk more than there are, so that the next head's first one is on its way
-  const int stages = ceil_div(p.Lk, kChunk) + 1;
-  return largest(row_warps(p.Lq), stages, device, [&](int warps, int stages) {
-    return lay_out_rows(p, warps, stages, backward, grad_multiplier, grad_bias);
-  });
+const char* plan_and_run_forward(MaskedAttentionCall& c, const Device& device, void* stream) {
+  c.rows = row_layout(c.p, device, {c.two_maps != 0, false, false, false});
+  if (c.rows.warps == 0) return kNoRoom;
+  bool share_b, share_h;
+  sharing_of_operands(c.p, share_b, share_h);
+  c.group[0].slices = slices_of(c.p, share_b, share_h, c.rows, device);
+  return run<Forward>(c, stream);
 }
 
-Layout key_layout(const MaskedAttentionParams& p, const Device& device) {
-  return largest(row_warps(p.Lk), 2, device, [&](int warps, int stages) { return lay_out_keys(p, warps, stages); });
+const char* plan_and_run_backward(MaskedAttentionCall& c, const Device& device, void* scratch, void* stream) {
+  if (!plan_backward(c, device)) return kNoRoom;
+  place_scratch(c, static_cast<float*>(scratch));
+  return run<Backward>(c, stream);
+}
+
+// The global half has the operands, the local one the pattern.
+bool fill_call(MaskedAttentionCall& c, const GlobalLocalAttentionParams& p) {
+  MaskedAttentionParams both = p;
+  both.n_patterns = p.local.n_patterns, both.patterns = p.local.patterns, both.segments = p.local.segments;
+  c.two_maps = 1, c.near = {p.local.out, p.local.lse, p.local.grad_out, 0, nullptr};
+  return fill_call(c, both);
+}
+
+}  // namespace
+
+Layout row_layout(const MaskedAttentionParams& p, const Device& device, const RowTiles& tiles) {
+  // one chunk more than there are, so that the next head's first one is on its way
+  const int stages = ceil_div(p.Lk, kChunk) + 1;
+  return largest(row_warps(p.Lq), stages, device,
+                 [&](int warps, int stages) { return lay_out_rows(p, warps, stages, tiles); });
+}
+
+Layout key_layout(const MaskedAttentionParams& p, const Device& device, bool two_maps) {
+  return largest(row_warps(p.Lk), 2, device,
+                 [&](int warps, int stages) { return lay_out_keys(p, warps, stages, two_maps); });
 }
 
 const char* masked_attention_limits(const MaskedAttentionParams& p) {
@@ -292,38 +339,34 @@ const char* masked_attention_limits(const MaskedAttentionParams& p) {
 
 int64_t masked_attention_backward_bytes(const MaskedAttentionParams& p, const Device& device) {
   MaskedAttentionCall c{};
-  if (!fill_call(c, p) || !plan_backward(c, device)) return 0;
-  return 4 * scratch_floats(c);
+  return fill_call(c, p) && plan_backward(c, device) ? 4 * scratch_floats(c) : 0;
 }
 
 const char* masked_attention_forward(const MaskedAttentionParams& p, const Device& device, void* stream) {
   MaskedAttentionCall c{};
-  if (!fill_call(c, p)) return kTooMany;
-  c.rows = row_layout(p, device, false, false, false);
-  if (c.rows.warps == 0) return kNoRoom;
-  bool share_b, share_h;
-  sharing_of_operands(p, share_b, share_h);
-  c.group[0].slices = slices_of(p, share_b, share_h, c.rows, device);
-  const int64_t width = p.D > p.Dv ? p.D : p.Dv;
-  return width <= 64 ? forward<64>(c, stream) : forward<128>(c, stream);
+  return fill_call(c, p) ? plan_and_run_forward(c, device, stream) : kTooMany;
 }
 
 const char* masked_attention_backward(const MaskedAttentionParams& p, const Device& device, void* scratch,
                                       void* stream) {
   MaskedAttentionCall c{};
-  if (!fill_call(c, p)) return kTooMany;
-  if (!plan_backward(c, device)) return kNoRoom;
-  float* free = static_cast<float*>(scratch);
-  if (c.group[0].writes_shift) c.shift = free, free += padded(p.B * p.H * p.Lq);
-  MaskGradient* const gradients[2] = {&c.multiplier, &c.bias};
-  for (int k = 0; k < 2; ++k) {
-    MaskGradient& g = *gradients[k];
-    if (g.parts <= 1) continue;
-    g.partial = free, free += padded(g.parts * g.elements);
-    c.reduction_blocks[k] = ceil_div(g.elements, 32 * c.keys.warps);
-  }
-  const int64_t width = p.D > p.Dv ? p.D : p.Dv;
-  return width <= 64 ? backward<64>(c, stream) : backward<128>(c, stream);
+  return fill_call(c, p) ? plan_and_run_backward(c, device, scratch, stream) : kTooMany;
+}
+
+int64_t global_local_attention_backward_bytes(const GlobalLocalAttentionParams& p, const Device& device) {
+  MaskedAttentionCall c{};
+  return fill_call(c, p) && plan_backward(c, device) ? 4 * scratch_floats(c) : 0;
+}
+
+const char* global_local_attention_forward(const GlobalLocalAttentionParams& p, const Device& device, void* stream) {
+  MaskedAttentionCall c{};
+  return fill_call(c, p) ? plan_and_run_forward(c, device, stream) : kTooMany;
+}
+
+const char* global_local_attention_backward(const GlobalLocalAttentionParams& p, const Device& device, void* scratch,
+                                            void* stream) {
+  MaskedAttentionCall c{};
+  return fill_call(c, p) ? plan_and_run_backward(c, device, scratch, stream) : kTooMany;
 }
 
 }  // namespace cuda

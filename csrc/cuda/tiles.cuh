@@ -157,7 +157,7 @@ __device__ __forceinline__ void load_key_visible(uint32_t* bits, const MaskedAtt
   const View& mask = c.p.key_mask;
   for (int w = threads.warp; w < words; w += threads.count / 32) {
     const int j = j0 + w * 32 + threads.id % 32;
-    const bool seen = !mask.data || (j < c.p.Lk && static_cast<const uint8_t*>(
+    const bool seen = j < c.p.Lk && (!mask.data || static_cast<const uint8_t*>(
                                                        mask.data)[b * mask.stride[0] + j * mask.stride[3]] != 0);
     const uint32_t word = __ballot_sync(~0u, seen);
     if (threads.id % 32 == 0) bits[w] = word;

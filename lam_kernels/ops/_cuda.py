@@ -105,14 +105,26 @@ def masked_attention_limits(
     bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, *settings,
 ) -> list[str]:  # fmt: skip
     """Service.limits of masked_attention."""
+    found = _common_limits(query, key, value, segment_ids, pattern)
+    if multiplier_columns is not None or bias_columns is not None:
+        found.append("takes no LowRankMask: pass its .dense()")
+    return found
+
+
+def global_local_attention_limits(
+    query, key, value, multiplier, bias, key_mask, segment_ids, pattern, scale
+) -> list[str]:
+    """Service.limits of global_local_attention."""
+    return _common_limits(query, key, value, segment_ids, pattern)
+
+
+def _common_limits(query, key, value, segment_ids, pattern) -> list[str]:
     found = []
     D, Dv, Lk = query.shape[3], value.shape[3], key.shape[2]
     if Lk > MAX_KEYS:
         found.append(f"serves at most {MAX_KEYS} keys, there are {Lk}")
     if max(D, Dv) > MAX_HEAD_DIM:
         found.append(f"serves head dims of at most {MAX_HEAD_DIM}, these are {D} and {Dv}")
-    if multiplier_columns is not None or bias_columns is not None:
-        found.append("takes no LowRankMask: pass its .dense()")
     if pattern:
         each = [tuple(map(tuple, spec_terms(spec))) for spec in specs(pattern)]
         if len(each) > MAX_PATTERN_HEADS or len(set(each)) > MAX_PATTERNS:

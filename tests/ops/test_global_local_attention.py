@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import BY_NAME
 from two_maps import KERNELS, Drawn, assert_accurate, both, check, evaluate
 
 import lam_kernels
@@ -52,6 +53,11 @@ TILES = {
 }  # fmt: skip
 
 
+def needs_float64(backend):
+    if "float64" not in BY_NAME[backend].dtypes:
+        pytest.skip(f"{backend} has no float64")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_case(case, backend, dtype):
     check(CASES[case].but(dtype=dtype), backend)
@@ -87,6 +93,7 @@ def test_only_wanted_gradients(grads, backend, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_two_calls_of_masked_attention(case, backend):
     """The same numbers as two calls, one without and one with the pattern."""
+    needs_float64(backend)
     drawn = Drawn(CASES[case].but(dtype="float64"))
     o = drawn.operands
     fused = drawn.call(drawn.tensors(), backend=backend)
@@ -102,6 +109,7 @@ def test_two_calls_of_masked_attention(case, backend):
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_result_in_the_loss(which, backend):
     """The other result takes no part: the gradients are those of one call of masked_attention."""
+    needs_float64(backend)
     drawn = Drawn(both(Lq=50, dtype="float64", pattern="Toeplitz(5)"))
     o = drawn.operands
     leaves = [o.query, o.key, o.value]
@@ -118,6 +126,7 @@ def test_one_result_in_the_loss(which, backend):
 
 def test_batch_mates(backend):
     """A sample's result and gradients do not depend on the others of its batch."""
+    needs_float64(backend)
     whole = Drawn(both(B=3, Lq=50, dtype="float64", pattern="Toeplitz(5)", key_mask=True))
     everyone = whole.call(whole.tensors(), backend=backend)
     o = whole.operands
