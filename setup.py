@@ -239,9 +239,7 @@ class NinjaFile:
         objects = [self.obj("_cuda", "gpu", source, archs, rule="nvcc") for source in CUDA_SOURCES]
         objects.append(self.obj("_cuda", "host", "csrc/cuda/plan.cpp", []))
         on_gpu = [*self.stable, "-DLAM_CUDA_KERNELS", "-DLAM_ON_GPU", "-DUSE_CUDA"]
-        objects += [
-            self.obj("_cuda", "host", f"csrc/bind_{op}.cpp", on_gpu) for op in CUDA_OPS
-        ]
+        objects += [self.obj("_cuda", "host", f"csrc/bind_{op}.cpp", on_gpu) for op in CUDA_OPS]
         library = next(
             (cuda_home() / n for n in ("lib64", "lib") if (cuda_home() / n).exists()), ""
         )

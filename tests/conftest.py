@@ -85,8 +85,12 @@ def pytest_generate_tests(metafunc):
 LEFT_OUT = {"triton": interpreted.left_out, "cuda": emulated.left_out}
 
 
-def _nothing(item) -> str:
-    return ""
+def _takes_no_part(name: str, item, full: bool) -> str:
+    """Why a test is not for a backend, "" when it is."""
+    why_not = takes_no_part(name, item.path.stem) if item.path.parent.name == "ops" else ""
+    if not why_not and not full and name in LEFT_OUT:
+        why_not = LEFT_OUT[name](item)
+    return why_not
 
 
 def pytest_collection_modifyitems(config, items):
@@ -97,9 +101,7 @@ def pytest_collection_modifyitems(config, items):
         item.user_properties.append(("backend", name))
         if reasons.get(name):
             item.add_marker(pytest.mark.skip(reason=f"{name}: {reasons[name]}"))
-        elif item.path.parent.name == "ops" and (why_not := takes_no_part(name, item.path.stem)):
-            item.add_marker(pytest.mark.skip(reason=why_not))
-        elif not config.getoption("full") and (why_not := LEFT_OUT.get(name, _nothing)(item)):
+        elif why_not := _takes_no_part(name, item, config.getoption("full")):
             item.add_marker(pytest.mark.skip(reason=why_not))
         if item.get_closest_marker("full") and not config.getoption("full"):
             item.add_marker(pytest.mark.skip(reason="big: only with --full (make test-full)"))

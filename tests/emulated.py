@@ -11,20 +11,19 @@ from interpreted import cases, listed
 SUBSETS: dict[str, dict[str, list[dict[str, str]]]] = {
     "test_global_local_attention": {
         "test_case": [
-            *cases("float32", "both masks", "hidden by the bias", "one pattern a head", "dilated"),
+            *cases("float32", "both masks", "one row"),
             *cases(
                 "bfloat16",
-                "plain", "one row", "one key", "everything", "blocks from the end", "segments",
-                "padding", "both masks", "other mask dtypes", "one pattern a head", "wide scores",
-                "negative scale",
+                "one key", "blocks from the end", "segments", "padding", "hidden by the bias",
+                "other mask dtypes", "wide scores", "negative scale",
             ),
-            *cases("float16", "multiplier", "causal"),
+            *cases("float16", "causal"),
         ],
-        "test_tiles": [{"case": case} for case in ("square", "masks", "keys")],
-        "test_head_dims": [{"D": D} for D in ("3", "80", "200")],
-        "test_strides": [{"of": of, "layout": "sliced"} for of in ("layout", "grad_layout")],
+        "test_tiles": [{"case": "keys"}],
+        "test_head_dims": [{"D": D} for D in ("3", "200")],
+        "test_strides": [{"of": "layout", "layout": "sliced"}],
         "test_only_wanted_gradients": [
-            {"grads": grads, "dtype": "bfloat16"} for grads in ("", "q", "k", "v", "b", "mb")
+            {"grads": grads, "dtype": "bfloat16"} for grads in ("", "q", "v", "mb")
         ],
     },
 }  # fmt: skip
