@@ -1,5 +1,5 @@
 """The emulated kernels of global_local_attention: what only an emulator can tell, and random
-problems. Accuracy by case: tests/ops, backend "cuda" (tests/emulated.py: what an ordinary run takes).
+problems. Accuracy by case: tests/ops, backend "cuda" (an ordinary run: tests/emulated.py).
 """
 
 from __future__ import annotations
