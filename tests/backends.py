@@ -37,13 +37,13 @@ BACKENDS = (
         ("float32", "bfloat16", "float16"),
         False,
         200,
-        low_rank=False,
         modules=(
             "test_masked_attention",
             "test_masked_attention_random",
             "test_masked_attention_conventions",
             # an ordinary run takes what emulated.py lists
             "test_global_local_attention",
+            "test_masked_attention_low_rank",
         ),
     ),
 )

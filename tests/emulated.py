@@ -26,6 +26,28 @@ SUBSETS: dict[str, dict[str, list[dict[str, str]]]] = {
             {"grads": grads, "dtype": "bfloat16"} for grads in ("", "q", "v", "mb")
         ],
     },
+    "test_masked_attention_low_rank": {
+        "test_case": [
+            *cases("float32", "both", "rows without keys", "tiles, rows"),
+            *cases(
+                "bfloat16",
+                "multiplier", "bias", "no offset", "dense bias", "dense multiplier", "key weights",
+                "shared by all", "more keys", "shared heads", "keys hidden by the offset",
+                "dropout", "one pattern a head", "tiles, samples",
+            ),
+            *cases("float16", "more rows"),
+        ],
+        "test_ranks": [{"rank": rank} for rank in ("1", "17", "100")],
+        "test_strides": [
+            {"layout": "sliced", "dtype": "bfloat16"}, {"layout": "expanded", "dtype": "float32"},
+        ],
+        "test_factors_have_their_own_dtype": [
+            {"factors": "float32", "dtype": "bfloat16"}, {"factors": "float16", "dtype": "float32"},
+        ],
+        "test_one_factor_alone": [{}],
+        "test_repeats": [{"threads": "1"}],
+        "test_random_problems": [{"first": "0"}],
+    },
 }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) two_map_row_kernel(GRID_CON
     if (now.is_last() && group.grad_query)
       store_rows<T>(dq, scale, scale, p.grad_query, now.b, now.h, now.first_row + warp_row, p.Lq, D, lane);
   }
-  gradients.finish(now, threads);
+  gradients.finish(memory, now, threads);
 }
 
 // Weights of one map, keys x queries from `first` on, become the gradients dZ.
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) two_map_key_kernel(GRID_CON
 template <class T, int Width>
 const char* launch_two_map_backward(const MaskedAttentionCall& c, void* stream) {
   const int row_blocks = c.group[0].slices.blocks + c.group[1].slices.blocks;
-  const int key_blocks = c.key_slices.blocks + c.reduction_blocks[0] + c.reduction_blocks[1];
+  const int key_blocks = c.key_slices.blocks + reduction_blocks(c);
   const char* error = launch(two_map_row_kernel<T, Width>, row_blocks, 32 * c.rows.warps, c.rows.bytes, c, stream);
   if (error) return error;
   return launch(two_map_key_kernel<T, Width>, key_blocks, 32 * c.keys.warps, c.keys.bytes, c, stream);

@@ -1,6 +1,7 @@
 // The second backward kernel's way: a block owns some keys and goes through its (batch, key head) pairs, for each
 // through the query heads that share it, and for each of those through the chunks of 64 queries that can see its keys.
 #pragma once
+#include "cuda/mask_tile.cuh"
 #include "cuda/ring.cuh"
 
 namespace lam {
@@ -106,8 +107,8 @@ struct KeyMasks {
 
   __device__ __forceinline__ KeyMasks(const MaskedAttentionCall& call, unsigned char* memory)
       : c(call),
-        multiplier(memory, call.keys.multiplier, call.p.multiplier, call.keys.tile_pitch),
-        bias(memory, call.keys.bias, call.p.bias, call.keys.tile_pitch),
+        multiplier(memory, call.keys, call.keys.multiplier, call.p.multiplier, call.p.multiplier_factors),
+        bias(memory, call.keys, call.keys.bias, call.p.bias, call.p.bias_factors),
         visible(at<uint32_t>(memory, call.keys.visible)),
         kept(call.keys.kept < 0 ? nullptr : at<uint32_t>(memory, call.keys.kept)),
         key_visible(at<uint32_t>(memory, call.keys.key_visible)),
@@ -117,12 +118,9 @@ struct KeyMasks {
 
   __device__ __forceinline__ void load(const KeyWalk& now, const Threads& threads) {
     const MaskedAttentionParams& p = c.p;
-    const int keys = 16 * c.keys.warps, i = now.chunk * kChunk, j = now.first_key;
-    const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk), H = static_cast<int>(p.H);
-    if (!multiplier.holds(p.multiplier, now.b, now.h, i, j))
-      multiplier.load(p.multiplier, now.b, now.h, i, kChunk, Lq, j, keys, Lk, false, threads);
-    if (!bias.holds(p.bias, now.b, now.h, i, j))
-      bias.load(p.bias, now.b, now.h, i, kChunk, Lq, j, keys, Lk, p.gate, threads);
+    const int i = now.chunk * kChunk, j = now.first_key, H = static_cast<int>(p.H);
+    bring(multiplier, now, false, threads);
+    bring(bias, now, p.gate, threads);
     const int visible_by = ((c.visible_by_b ? now.b * H : 0) + (c.visible_by_h ? now.h : 0)) * now.chunks + now.chunk;
     if (visible_of != visible_by) {
       load_visible(visible, c, now.b, now.h, i, kChunk, j, words, threads);
@@ -140,6 +138,13 @@ struct KeyMasks {
     rows.load(p.lse, c.shift, now, threads);
     if (c.two_maps) near_rows.load(c.near.lse, c.near.shift, now, threads);
     __syncthreads();
+  }
+  // Tiles of factors stay for all chunks where they fit: built once for all heads that share them.
+  __device__ __forceinline__ void bring(MaskTile& tile, const KeyWalk& now, bool logarithm, const Threads& threads) {
+    const int keys = 16 * c.keys.warps, kept = tile.f.rank > 0 ? c.keys.mask_chunks : 1;
+    const int first = kept > 1 ? 0 : now.chunk * kChunk;
+    tile.bring(c.p, now.b, now.h, first, kept * kChunk, now.first_key, keys, logarithm, threads);
+    if (kept > 1) tile.shown = tile.data + now.chunk * kChunk * tile.pitch;
   }
   // The lane's pairs with the 8 N queries from `first` on, as bits 4 n + e. No bits or no keys: all.
   template <int N>

@@ -7,30 +7,30 @@ namespace lam {
 namespace cuda {
 namespace {
 
-__device__ __forceinline__ void add_to_tile(float* to, float x, float y) {
-  float2* sum = reinterpret_cast<float2*>(to);
-  const float2 old = ptx::shared_load(sum);
-  ptx::shared_store(sum, make_float2(old.x + x, old.y + y));
-}
-
-__device__ __forceinline__ void store_gradient(const View& grad, const MaskGradient& g, int part, int64_t index,
-                                               float value) {
+__device__ __forceinline__ void store_gradient(const SummedGradient& g, int part, int64_t index, float value) {
   if (g.parts > 1) g.partial[part * g.elements + index] = value;
-  else if (grad.dtype == DType::f32) static_cast<float*>(grad.data)[index] = value;
-  else if (grad.dtype == DType::bf16)
-    static_cast<__nv_bfloat16*>(grad.data)[index] = from_float<__nv_bfloat16>(value);
-  else static_cast<__half*>(grad.data)[index] = from_float<__half>(value);
+  else store_mask_value(g.grad, index, value);
 }
 
-// The block's sum of a mask gradient leaves the chip; the axes along which the mask has one value are added up.
-__device__ __forceinline__ void finish_mask_gradient(float* tile, const View& grad, const MaskGradient& g,
-                                                     const RowWalk& walk, int tile_pitch, const Threads& threads) {
-  const MaskedAttentionParams& p = walk.c.p;
+// The sample and head of a unit; 0 where it holds all of them.
+struct UnitOf {
+  int b, h;
+  __device__ __forceinline__ explicit UnitOf(const RowWalk& walk) {
+    const Slices& s = walk.slices;
+    const int H = static_cast<int>(walk.c.p.H);
+    b = s.share_b ? 0 : s.share_h ? walk.unit : walk.unit / H;
+    h = s.share_h ? 0 : s.share_b ? walk.unit : walk.unit % H;
+  }
+};
+
+// The block's sum of a dense mask's gradient leaves the chip; the axes along which the mask has one value are added up.
+__device__ __forceinline__ void finish_mask_gradient(float* tile, const SummedGradient& g, const RowWalk& walk,
+                                                     int tile_pitch, const Threads& threads) {
+  const View& grad = g.grad;
   const Slices& s = walk.slices;
-  const int H = static_cast<int>(p.H), Lk = static_cast<int>(p.Lk), rows = walk.last_row - walk.first_row + 1;
-  const int b = s.share_b ? 0 : s.share_h ? walk.unit : walk.unit / H;
-  const int h = s.share_h ? 0 : s.share_b ? walk.unit : walk.unit % H;
-  const int64_t base = b * grad.stride[0] + h * grad.stride[1];
+  const int Lk = static_cast<int>(walk.c.p.Lk), rows = walk.last_row - walk.first_row + 1;
+  const UnitOf unit(walk);
+  const int64_t base = unit.b * grad.stride[0] + unit.h * grad.stride[1];
   const bool one_row = grad.stride[2] == 0, one_column = grad.stride[3] == 0;
   const int part = one_row ? walk.split * s.row_blocks + walk.row_block : walk.split;
   __syncthreads();
@@ -47,14 +47,82 @@ __device__ __forceinline__ void finish_mask_gradient(float* tile, const View& gr
     for (int j = threads.id; j < columns; j += threads.count) {
       float sum = 0.f;
       for (int r = 0; r < rows; ++r) sum += tile[r * tile_pitch + j];
-      store_gradient(grad, g, part, base + j * grad.stride[3], sum);
+      store_gradient(g, part, base + j * grad.stride[3], sum);
     }
     return;
   }
   for (int k = threads.id; k < rows * columns; k += threads.count) {
     const int r = k / columns, j = k - r * columns;
-    store_gradient(grad, g, part, base + (walk.first_row + r) * grad.stride[2] + j * grad.stride[3],
+    store_gradient(g, part, base + (walk.first_row + r) * grad.stride[2] + j * grad.stride[3],
                    tile[r * tile_pitch + j]);
+  }
+}
+
+// The block's sum of the gradient of a mask given by factors, folded into theirs. A factor that units share gets a part
+// of each.
+__device__ __forceinline__ void fold_mask_gradient(const float* tile, const Factors& f,
+                                                   const SummedGradient (&sums)[kFactors], const RowWalk& walk,
+                                                   const Layout& l, float* stage, const Threads& threads) {
+  const MaskedAttentionParams& p = walk.c.p;
+  const Slices& s = walk.slices;
+  const int B = static_cast<int>(p.B), H = static_cast<int>(p.H), Lq = static_cast<int>(p.Lq);
+  const int Lk = static_cast<int>(p.Lk), rows = 16 * l.warps, warp_row = 16 * threads.warp;
+  const UnitOf unit(walk);
+  const Lane lane(threads.id);
+  auto part_of = [&](const View& grad) {
+    int part = 0;
+    if (!s.share_b && grad.stride[0] == 0 && B > 1) part = unit.b;
+    if (!s.share_h && grad.stride[1] == 0 && H > 1) part = part * H + unit.h;
+    return part * s.splits + walk.split;
+  };
+  // 16 rows x kRankStep ranks from `first` on
+  auto store = [&](const SummedGradient& g, int part, const float (&o)[2][4], int first, int L, int rank) {
+    const int64_t base = unit.b * g.grad.stride[0] + unit.h * g.grad.stride[1];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int r = first + lane.row + 8 * (e >> 1), d = rank + n * 8 + lane.column + (e & 1);
+        if (r < L && d < f.rank) store_gradient(g, part, base + r * f.rank + d, o[n][e]);
+      }
+  };
+  __syncthreads();
+  if (const SummedGradient& g = sums[kOffset]; g.grad.data) {
+    const int part = part_of(g.grad) * s.row_blocks + walk.row_block;
+    for (int j = threads.id; j < Lk; j += threads.count) {
+      float sum = 0.f;
+      for (int r = 0; r < rows; ++r) sum += tile[r * l.tile_pitch + j];
+      store_gradient(g, part, unit.b * g.grad.stride[0] + unit.h * g.grad.stride[1] + j * g.grad.stride[3], sum);
+    }
+  }
+#pragma unroll 1
+  for (int rank = 0; rank < f.rank; rank += kRankStep) {
+    if (const SummedGradient& g = sums[kRowsOrDense]; g.grad.data) {
+      float o[2][4];
+      clear(o);
+#pragma unroll 1
+      for (int j = 0; j < Lk; j += kChunk) {
+        __syncthreads();
+        stage_factor(stage, f.columns, unit.b, unit.h, j, kChunk, Lk, rank, f.rank, threads);
+        __syncthreads();
+        Products<float>::multiply(o, tile + warp_row * l.tile_pitch + j, l.tile_pitch, stage, kFactorPitch, kChunk,
+                                  kRankStep, lane);
+      }
+      store(g, part_of(g.grad), o, walk.first_row + warp_row, Lq, rank);
+    }
+    if (const SummedGradient& g = sums[kColumns]; g.grad.data) {
+      const int part = part_of(g.grad) * s.row_blocks + walk.row_block;
+      __syncthreads();
+      stage_factor(stage, f.rows, unit.b, unit.h, walk.first_row, rows, Lq, rank, f.rank, threads);
+      __syncthreads();
+#pragma unroll 1
+      for (int j = warp_row; j < Lk; j += rows) {
+        float o[2][4];
+        clear(o);
+        Products<float>::multiply_transposed(o, tile + j, l.tile_pitch, stage, kFactorPitch, rows, kRankStep, lane);
+        store(g, part, o, j, Lk, rank);
+      }
+    }
   }
 }
 
@@ -87,28 +155,43 @@ struct RowGradients {
       if (bias) add_to_tile(bias + to, of_bias[2 * half], of_bias[2 * half + 1]);
     }
   }
-  __device__ __forceinline__ void finish(const RowWalk& now, const Threads& threads) const {
-    const int pitch = c.rows.tile_pitch;
-    if (multiplier) finish_mask_gradient(multiplier, c.p.grad_multiplier, c.multiplier, now, pitch, threads);
-    if (bias) finish_mask_gradient(bias, c.p.grad_bias, c.bias, now, pitch, threads);
+  __device__ __forceinline__ void finish(unsigned char* memory, const RowWalk& now, const Threads& threads) const {
+    if (multiplier) finish(multiplier, c.p.multiplier_factors, c.multiplier, memory, now, threads);
+    if (bias) finish(bias, c.p.bias_factors, c.bias, memory, now, threads);
+  }
+
+ private:
+  __device__ __forceinline__ void finish(float* tile, const Factors& f, const SummedGradient (&sums)[kFactors],
+                                         unsigned char* memory, const RowWalk& now, const Threads& threads) const {
+    const Layout& l = c.rows;
+    if (f.rank > 0) fold_mask_gradient(tile, f, sums, now, l, at<float>(memory, l.factors), threads);
+    else finish_mask_gradient(tile, sums[kRowsOrDense], now, l.tile_pitch, threads);
   }
 };
 
-__device__ __forceinline__ void add_parts(const View& grad, MaskGradient g, int block, const Threads& threads) {
+__device__ __forceinline__ void add_parts(const SummedGradient& g, int block, const Threads& threads) {
   const int64_t index = static_cast<int64_t>(block) * threads.count + threads.id;
   if (index >= g.elements) return;
   float sum = 0.f;
   for (int part = 0; part < g.parts; ++part) sum += g.partial[part * g.elements + index];
-  g.parts = 1;
-  store_gradient(grad, g, 0, index, sum);
+  SummedGradient whole{g.grad, 1};
+  store_gradient(whole, 0, index, sum);
 }
 
+inline int reduction_blocks(const MaskedAttentionCall& c) {
+  int blocks = 0;
+  for (int k = 0; k < kFactors; ++k) blocks += c.multiplier[k].reduction_blocks + c.bias[k].reduction_blocks;
+  return blocks;
+}
 // The blocks of the second launch behind those that own keys: whether this is one, and then its work is done.
 __device__ __forceinline__ bool is_reduction(const MaskedAttentionCall& c, const Threads& threads) {
-  const int block = static_cast<int>(blockIdx.x) - c.key_slices.blocks;
+  int block = static_cast<int>(blockIdx.x) - c.key_slices.blocks;
   if (block < 0) return false;
-  if (block < c.reduction_blocks[0]) add_parts(c.p.grad_multiplier, c.multiplier, block, threads);
-  else add_parts(c.p.grad_bias, c.bias, block - c.reduction_blocks[0], threads);
+  for (int k = 0; k < 2 * kFactors; ++k) {
+    const SummedGradient& g = k < kFactors ? c.multiplier[k] : c.bias[k - kFactors];
+    if (block >= 0 && block < g.reduction_blocks) add_parts(g, block, threads);
+    block -= g.reduction_blocks;
+  }
   return true;
 }
 

@@ -16,6 +16,7 @@ constexpr int64_t kMaxHeadDim = 128;
 constexpr int kMaxSpecs = 16;        // different patterns in one call
 constexpr int kMaxPatternHeads = 256;
 constexpr int kMaxSegments = 4;      // pairs of id arrays
+constexpr int kRankStep = 16;        // ranks of factors in shared memory at once
 
 struct Device {
   int processors;
@@ -30,6 +31,8 @@ struct Layout {
   int query, grad_out, near_grad_out, key, value;
   int tile_pitch;  // floats
   int multiplier, bias, grad_multiplier, grad_bias;
+  int mask_chunks;  // kernel of dK and dV: chunks of queries whose mask tiles are there at once
+  int factors;      // kRankStep ranks of the rows of a tile, and of its columns
   int visible, kept, key_visible;
   int weights;        // fp32 only: a warp's 16 x 64 weights on their way to the second product
   int lse, shift, near_lse, near_shift;  // kernel of dK and dV only
@@ -42,12 +45,16 @@ struct Slices {
   int blocks;  // of the launch: units * splits * row_blocks
 };
 
-// A gradient of a mask: each block's sum goes to partial[part], or, when there is one part, to its place.
-struct MaskGradient {
-  int wanted, parts;
+// The gradient of a mask or of a factor: each block's sum goes to partial[part], or, when there is one part, to its place.
+struct SummedGradient {
+  View grad;  // data null: not wanted
+  int parts;
   int64_t elements;
   float* partial;
+  int reduction_blocks;  // that add the parts up
 };
+enum Factor : int { kRowsOrDense = 0, kColumns = 1, kOffset = 2 };
+constexpr int kFactors = 3;
 
 // What one group of blocks of the first backward launch does. Two groups where the gradients of multiplier and bias
 // are shared by different (batch, head) pairs.
@@ -75,8 +82,7 @@ struct MaskedAttentionCall {
   Layout rows, keys;
   RowGroup group[2];
   Slices key_slices;      // share_h: head-major order of the (batch, key head) pairs
-  MaskGradient multiplier, bias;
-  int reduction_blocks[2];
+  SummedGradient multiplier[kFactors], bias[kFactors];
   float* shift;  // [B,H,Lq]: delta - grad_lse
   int two_maps;  // every chunk of keys is gone through: the pattern is that of `near`
   NearHalf near;

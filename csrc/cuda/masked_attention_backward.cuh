@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) row_gradient_kernel(GRID_CO
     if (now.is_last() && group.grad_query)
       store_rows<T>(dq, scale, scale, p.grad_query, now.b, now.h, now.first_row + warp_row, p.Lq, D, lane);
   }
-  gradients.finish(now, threads);
+  gradients.finish(memory, now, threads);
 }
 
 template <class T, int Width>
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) key_gradient_kernel(GRID_CO
 template <class T, int Width>
 const char* launch_backward(const MaskedAttentionCall& c, void* stream) {
   const int row_blocks = c.group[0].slices.blocks + c.group[1].slices.blocks;
-  const int key_blocks = c.key_slices.blocks + c.reduction_blocks[0] + c.reduction_blocks[1];
+  const int key_blocks = c.key_slices.blocks + reduction_blocks(c);
   const char* error =
       launch(row_gradient_kernel<T, Width>, row_blocks, 32 * c.rows.warps, c.rows.bytes, c, stream);
   if (error) return error;

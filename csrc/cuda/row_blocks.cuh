@@ -1,6 +1,7 @@
 // What the forward kernel and the first backward kernel share: a block owns some rows (queries) and goes through its
 // (batch, head) pairs, and for each through the chunks of 64 keys that its rows can see.
 #pragma once
+#include "cuda/mask_tile.cuh"
 #include "cuda/ring.cuh"
 
 namespace lam {
@@ -72,6 +73,19 @@ struct RowWalk {
   }
 };
 
+// A lane's pairs of 32 N keys from word `first` on, rows `row` and `row` + 8: bit_of. No bits or no keys: all.
+template <int N>
+__device__ __forceinline__ void bits_of_rows(const uint32_t* bits, const uint32_t* keys, int words, int row, int first,
+                                             int column, uint32_t (&out)[2][N]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const uint32_t word = bits ? bits[(row + 8 * half) * words + first + k] : ~0u;
+      out[half][k] = (keys ? word & keys[first + k] : word) >> column;
+    }
+}
+
 // Mask tiles and visibility bits of the block's rows and all keys, loaded when the pair that comes needs others.
 struct RowMasks {
   const MaskedAttentionCall& c;
@@ -82,8 +96,8 @@ struct RowMasks {
 
   __device__ __forceinline__ RowMasks(const MaskedAttentionCall& call, unsigned char* memory)
       : c(call),
-        multiplier(memory, call.rows.multiplier, call.p.multiplier, call.rows.tile_pitch),
-        bias(memory, call.rows.bias, call.p.bias, call.rows.tile_pitch),
+        multiplier(memory, call.rows, call.rows.multiplier, call.p.multiplier, call.p.multiplier_factors),
+        bias(memory, call.rows, call.rows.bias, call.p.bias, call.p.bias_factors),
         visible(at<uint32_t>(memory, call.rows.visible)),
         kept(call.rows.kept < 0 ? nullptr : at<uint32_t>(memory, call.rows.kept)),
         key_visible(at<uint32_t>(memory, call.rows.key_visible)),
@@ -92,16 +106,9 @@ struct RowMasks {
   __device__ __forceinline__ void load(const RowWalk& now, const Threads& threads) {
     const MaskedAttentionParams& p = c.p;
     const int rows = 16 * c.rows.warps, columns = c.rows.chunks * kChunk, i = now.first_row;
-    const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk), H = static_cast<int>(p.H);
-    bool loads = false;
-    if (!multiplier.holds(p.multiplier, now.b, now.h, i, 0)) {
-      multiplier.load(p.multiplier, now.b, now.h, i, rows, Lq, 0, columns, Lk, false, threads);
-      loads = true;
-    }
-    if (!bias.holds(p.bias, now.b, now.h, i, 0)) {
-      bias.load(p.bias, now.b, now.h, i, rows, Lq, 0, columns, Lk, p.gate, threads);
-      loads = true;
-    }
+    const int H = static_cast<int>(p.H);
+    bool loads = multiplier.bring(p, now.b, now.h, i, rows, 0, columns, false, threads);
+    loads |= bias.bring(p, now.b, now.h, i, rows, 0, columns, p.gate, threads);
     const int visible_by = (c.visible_by_b ? now.b * H : 0) + (c.visible_by_h ? now.h : 0);
     if (visible_of != visible_by) {
       load_visible(visible, c, now.b, now.h, i, rows, 0, words, threads);
@@ -118,17 +125,10 @@ struct RowMasks {
     }
     if (loads) __syncthreads();
   }
-  // The lane's pairs of 32 N keys from word `first` on, rows `row` and `row` + 8: bit_of. No bits or no keys: all.
   template <int N>
   __device__ __forceinline__ void bits_of(const uint32_t* bits, const uint32_t* keys, int row, int first, int column,
                                           uint32_t (&out)[2][N]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        const uint32_t word = bits ? bits[(row + 8 * half) * words + first + k] : ~0u;
-        out[half][k] = (keys ? word & keys[first + k] : word) >> column;
-      }
+    bits_of_rows(bits, keys, words, row, first, column, out);
   }
 };
 

@@ -105,16 +105,20 @@ def masked_attention_limits(
     bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, *settings,
 ) -> list[str]:  # fmt: skip
     """Service.limits of masked_attention."""
-    found = _common_limits(query, key, value, segment_ids, pattern)
-    if multiplier_columns is not None or bias_columns is not None:
-        found.append("takes no LowRankMask: pass its .dense()")
-    return found
+    return _common_limits(query, key, value, segment_ids, pattern)
 
 
 def global_local_attention_limits(
     query, key, value, multiplier, bias, key_mask, segment_ids, pattern, scale
 ) -> list[str]:
     """Service.limits of global_local_attention."""
+    return _common_limits(query, key, value, segment_ids, pattern)
+
+
+def map_gated_attention_limits(
+    query, key, value, gate_global, gate_local, key_mask, segment_ids, pattern, scale, renormalise
+) -> list[str]:
+    """Service.limits of map_gated_attention."""
     return _common_limits(query, key, value, segment_ids, pattern)
 
 

@@ -61,9 +61,7 @@ def build(name: str, units: dict[str, tuple[str, list[str]]], flags: list[str]) 
         f"builddir = {out}",
         f"rule cxx\n command = {CXX} -MMD -MF $out.d $flags -c $in -o $out",
         " depfile = $out.d\n deps = gcc",
-        # the planner names kernels of every dtype; what a program never runs is not compiled
-        f"rule link\n command = {CXX} $in -o $out {' '.join(flags)} -pthread "
-        "-Wl,--unresolved-symbols=ignore-in-object-files",
+        f"rule link\n command = {CXX} $in -o $out {' '.join(flags)} -pthread",
     ]
     for unit, (source, own) in units.items():
         lines.append(f"build {out}/{unit}.o: cxx {source}\n flags = {' '.join([*base, *own])}")
@@ -74,7 +72,7 @@ def build(name: str, units: dict[str, tuple[str, list[str]]], flags: list[str]) 
 
 
 def kernel_units(dtypes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, list[str]]]:
-    """The emulated kernels of some ops, op -> dtypes; the planner names all of them (build)."""
+    """The emulated kernels of some ops: op -> dtypes."""
     own = setup_py()["EMULATION"]
     names = ["device", *(f"{op}_{dtype}" for op, listed in dtypes.items() for dtype in listed)]
     units = {name: (f"csrc/cuda/{name}.cu", own) for name in names}

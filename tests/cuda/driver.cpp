@@ -9,6 +9,26 @@
 
 extern "C" void lam_emulation_device(int processors, int shared_bytes);
 
+// Not worth their compile time here: fp16 is bf16 with another matrix instruction, and global_local_attention is the walk
+// of masked_attention.
+namespace lam {
+namespace cuda {
+#define LAM_NOT_LINKED(T, function, Width)                                 \
+  template <>                                                              \
+  const char* function<T, Width>(const MaskedAttentionCall&, void*) {      \
+    return #function " of " #T " is not linked";                           \
+  }
+#define LAM_OP_NOT_LINKED(T, op)          \
+  LAM_NOT_LINKED(T, launch_##op##forward, 64)   \
+  LAM_NOT_LINKED(T, launch_##op##forward, 128)  \
+  LAM_NOT_LINKED(T, launch_##op##backward, 64)  \
+  LAM_NOT_LINKED(T, launch_##op##backward, 128)
+LAM_OP_NOT_LINKED(__half, )
+LAM_OP_NOT_LINKED(__half, two_map_)
+LAM_OP_NOT_LINKED(float, two_map_)
+}  // namespace cuda
+}  // namespace lam
+
 namespace {
 
 bool good(const char* error) { return error == nullptr || (std::printf("  %s\n", error), false); }

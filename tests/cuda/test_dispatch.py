@@ -48,8 +48,6 @@ def test_each_limit_is_named():
     each = [Toeplitz(radius) for radius in range(17)]
     assert "at most 16 different patterns" in reasons(*operands(H=17), pattern=each)
     assert reasons(*operands(H=17), pattern=[Toeplitz(k % 16) for k in range(17)]).count("16") == 0
-    low_rank = lam_kernels.LowRankMask(torch.randn(1, 1, 20, 2), torch.randn(1, 1, 33, 2))
-    assert "takes no LowRankMask" in reasons(*operands(), bias=low_rank)
     ids = [torch.zeros(1, 20), torch.zeros(1, 33)]
     many = [Segments(*(n + t.long() for t in ids)) for n in range(5)]
     assert "at most 4 different Segments, there are 5" in reasons(*operands(H=5), pattern=many)

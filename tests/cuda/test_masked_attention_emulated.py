@@ -38,6 +38,33 @@ def test_slices_of_every_size(emulation, dtype, processors):
         check(problem, "cuda")
 
 
+FACTORS = {"multiplier": "rank 20: b1 11 11", "bias": "rank 3: 1h b1"}
+
+
+@pytest.mark.parametrize("processors", [1, 200])
+def test_slices_of_factors(emulation, processors):
+    """A factor that units, splits and blocks of rows share is summed in parts; or in one."""
+    emulation.device(processors)
+    for masks in (FACTORS, {"multiplier": "rank 5: 11 11 11", "bias": "rank 17: bh 11 1h"}):
+        check(Problem(B=3, H=4, Lq=70, D=16, **masks, dtype="bfloat16"), "cuda")
+
+
+@pytest.mark.parametrize("Lq", [20, 330])
+def test_largest_factors_fit_every_gpu(emulation, Lq):
+    """Beyond 320 queries the second launch builds its tiles chunk by chunk."""
+    emulation.device(2, SM_80)
+    check(Problem(B=1, H=2, Lq=Lq, Lk=320, D=128, **FACTORS, dtype="float32"), "cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bank_conflicts_of_factors(emulation, dtype):
+    emulation.count(banks=True)
+    evaluate(Problem(B=1, H=2, Lq=70, D=24, dtype=dtype, **FACTORS), "cuda")
+    assert emulation.counted("launches") == 3
+    assert emulation.counted("ldmatrix_conflicts") == 0
+    assert emulation.counted("shared_conflicts") == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared_bytes", [SM_80, SM_90])
 def test_largest_problem_fits_every_gpu(emulation, dtype, shared_bytes):
