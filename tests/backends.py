@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -43,6 +45,7 @@ BACKENDS = (
             "test_masked_attention_conventions",
             # an ordinary run takes what emulated.py lists
             "test_global_local_attention",
+            "test_map_gated_attention",
             "test_masked_attention_low_rank",
         ),
     ),
@@ -53,6 +56,12 @@ BY_NAME = {row.name: row for row in BACKENDS}
 def rows_for(module: str) -> list[Backend]:
     """The rows whose tests a module has."""
     return [row for row in BACKENDS if not row.modules or module in row.modules]
+
+
+def needs_float64(name: str) -> None:
+    """Skips the running test where the backend has none."""
+    if "float64" not in BY_NAME[name].dtypes:
+        pytest.skip(f"{name} has no float64")
 
 
 def why_missing(name: str) -> str:

@@ -26,6 +26,22 @@ SUBSETS: dict[str, dict[str, list[dict[str, str]]]] = {
             {"grads": grads, "dtype": "bfloat16"} for grads in ("", "q", "v", "mb")
         ],
     },
+    "test_map_gated_attention": {
+        "test_case": [
+            *cases("float32", "renormalised padding", "one position"),
+            *cases(
+                "bfloat16",
+                "segments", "padding", "renormalised", "other gate dtypes", "one pattern a head",
+                "wide scores", "many heads",
+            ),
+            *cases("float16", "causal"),
+        ],
+        "test_head_dims": [{"D": D} for D in ("3", "200")],
+        "test_strides": [{"of": "mask_layout", "layout": "transposed"}],
+        "test_only_wanted_gradients": [
+            {"grads": grads, "dtype": "bfloat16"} for grads in ("", "q", "v", "m", "b")
+        ],
+    },
     "test_masked_attention_low_rank": {
         "test_case": [
             *cases("float32", "both", "rows without keys", "tiles, rows"),

@@ -33,6 +33,11 @@ Device current_device() { return emulated; }
 // For tests, by ctypes.
 #define LAM_TEST_FUNCTION extern "C" __attribute__((visibility("default")))
 
+#if !defined(LAM_EMULATION_STAMP)
+#define LAM_EMULATION_STAMP ""
+#endif
+// The sources that the library was compiled from (lam_kernels/ops/_sources.py).
+LAM_TEST_FUNCTION const char* lam_emulation_stamp() { return LAM_EMULATION_STAMP; }
 // Other sizes lead to other plans: streaming, smaller blocks, more slices.
 LAM_TEST_FUNCTION void lam_emulation_device(int processors, int shared_bytes) {
   emulated = {processors, shared_bytes, shared_bytes + 1024};

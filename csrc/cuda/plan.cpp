@@ -349,36 +349,46 @@ const char* masked_attention_limits(const MaskedAttentionParams& p) {
   return "";
 }
 
-int64_t masked_attention_backward_bytes(const MaskedAttentionParams& p, const Device& device) {
+namespace {
+
+// Of either op.
+template <class Params>
+int64_t bytes_of(const Params& p, const Device& device) {
   MaskedAttentionCall c{};
   return fill_call(c, p) && plan_backward(c, device) ? 4 * scratch_floats(c) : 0;
 }
-
-const char* masked_attention_forward(const MaskedAttentionParams& p, const Device& device, void* stream) {
+template <class Params>
+const char* forward_of(const Params& p, const Device& device, void* stream) {
   MaskedAttentionCall c{};
   return fill_call(c, p) ? plan_and_run_forward(c, device, stream) : kTooMany;
 }
+template <class Params>
+const char* backward_of(const Params& p, const Device& device, void* scratch, void* stream) {
+  MaskedAttentionCall c{};
+  return fill_call(c, p) ? plan_and_run_backward(c, device, scratch, stream) : kTooMany;
+}
 
+}  // namespace
+
+int64_t masked_attention_backward_bytes(const MaskedAttentionParams& p, const Device& device) {
+  return bytes_of(p, device);
+}
+const char* masked_attention_forward(const MaskedAttentionParams& p, const Device& device, void* stream) {
+  return forward_of(p, device, stream);
+}
 const char* masked_attention_backward(const MaskedAttentionParams& p, const Device& device, void* scratch,
                                       void* stream) {
-  MaskedAttentionCall c{};
-  return fill_call(c, p) ? plan_and_run_backward(c, device, scratch, stream) : kTooMany;
+  return backward_of(p, device, scratch, stream);
 }
-
 int64_t global_local_attention_backward_bytes(const GlobalLocalAttentionParams& p, const Device& device) {
-  MaskedAttentionCall c{};
-  return fill_call(c, p) && plan_backward(c, device) ? 4 * scratch_floats(c) : 0;
+  return bytes_of(p, device);
 }
-
 const char* global_local_attention_forward(const GlobalLocalAttentionParams& p, const Device& device, void* stream) {
-  MaskedAttentionCall c{};
-  return fill_call(c, p) ? plan_and_run_forward(c, device, stream) : kTooMany;
+  return forward_of(p, device, stream);
 }
-
 const char* global_local_attention_backward(const GlobalLocalAttentionParams& p, const Device& device, void* scratch,
                                             void* stream) {
-  MaskedAttentionCall c{};
-  return fill_call(c, p) ? plan_and_run_backward(c, device, scratch, stream) : kTooMany;
+  return backward_of(p, device, scratch, stream);
 }
 
 }  // namespace cuda

@@ -6,14 +6,17 @@ compiled for the CPU by `make emulation` (docs/emulation.md). A process has one 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..patterns import spec_terms, specs
 from . import _native
+from ._sources import emulation_stamp
 
 # csrc/cuda/masked_attention.h has the same numbers; tests/cuda/test_dispatch.py compares them
 MAX_KEYS = 320
@@ -56,6 +59,19 @@ def unavailable() -> str:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{name} is broken ({error}): build it again"
+    return _stale(library) if emulated() else ""
+
+
+def _stale(library: Path) -> str:
+    """Why the emulated kernels are not those of the sources beside them, "" when they are."""
+    try:
+        stamp = ctypes.CDLL(str(library)).lam_emulation_stamp
+    except AttributeError:
+        return f"{library.name} is older than its sources: run `make emulation`"
+    stamp.restype = ctypes.c_char_p
+    sources = emulation_stamp(_native._PACKAGE.parent)
+    if sources and stamp().decode() != sources:
+        return f"{library.name} and its sources in csrc differ: run `make emulation`"
     return ""
 
 

@@ -15,8 +15,15 @@ from ..patterns import Pattern, encode
 from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
+from ._cuda import map_gated_attention_limits
 from ._flops import pair_count
-from ._registration import cpu_service, gradients_like, reference_service, register
+from ._registration import (
+    cpu_service,
+    cuda_service,
+    gradients_like,
+    reference_service,
+    register,
+)
 from ._vmap import register_one_by_one
 
 MAX_LENGTH = 512  # whole rows of both maps stay on chip
@@ -154,6 +161,7 @@ KERNELS = Services(
     "map_gated_attention",
     {
         "cpu": cpu_service("map_gated_attention"),
+        "cuda": cuda_service("map_gated_attention", map_gated_attention_limits),
         "reference": reference_service("map_gated_attention"),
     },
 )

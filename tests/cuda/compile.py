@@ -76,4 +76,4 @@ def kernel_units(dtypes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, lis
     own = setup_py()["EMULATION"]
     names = ["device", *(f"{op}_{dtype}" for op, listed in dtypes.items() for dtype in listed)]
     units = {name: (f"csrc/cuda/{name}.cu", own) for name in names}
-    return units | {"plan": ("csrc/cuda/plan.cpp", [])}
+    return units | {name: (f"csrc/cuda/{name}.cpp", []) for name in setup_py()["CUDA_PLANS"]}

@@ -4,28 +4,31 @@
 //   driver DTYPE PROBLEMS [FIRST] [races]   DTYPE is f32 or bf16, the other ops run in bf16 alone; races: new logical
 //                                           threads for every block
 #include "../sanitizers/two_map_problem.h"
+#include "cuda/map_gated_attention.h"
 #include "cuda/masked_attention.h"
 #include "emulation/cuda_emulation.h"
 
 extern "C" void lam_emulation_device(int processors, int shared_bytes);
 
-// Not worth their compile time here: fp16 is bf16 with another matrix instruction, and global_local_attention is the walk
-// of masked_attention.
+// Not worth their compile time here: fp16 is bf16 with another matrix instruction, and the other ops are made of the
+// same tiles and products.
 namespace lam {
 namespace cuda {
-#define LAM_NOT_LINKED(T, function, Width)                                 \
-  template <>                                                              \
-  const char* function<T, Width>(const MaskedAttentionCall&, void*) {      \
-    return #function " of " #T " is not linked";                           \
+#define LAM_NOT_LINKED(Call, function, T, Width)         \
+  template <>                                            \
+  const char* function<T, Width>(const Call&, void*) {   \
+    return #function " of " #T " is not linked";         \
   }
-#define LAM_OP_NOT_LINKED(T, op)          \
-  LAM_NOT_LINKED(T, launch_##op##forward, 64)   \
-  LAM_NOT_LINKED(T, launch_##op##forward, 128)  \
-  LAM_NOT_LINKED(T, launch_##op##backward, 64)  \
-  LAM_NOT_LINKED(T, launch_##op##backward, 128)
-LAM_OP_NOT_LINKED(__half, )
-LAM_OP_NOT_LINKED(__half, two_map_)
-LAM_OP_NOT_LINKED(float, two_map_)
+#define LAM_OP_NOT_LINKED(Call, op, T)                       \
+  LAM_NOT_LINKED(Call, launch_##op##forward, T, 64)    \
+  LAM_NOT_LINKED(Call, launch_##op##forward, T, 128)   \
+  LAM_NOT_LINKED(Call, launch_##op##backward, T, 64)   \
+  LAM_NOT_LINKED(Call, launch_##op##backward, T, 128)
+LAM_OP_NOT_LINKED(MaskedAttentionCall, , __half)
+LAM_OP_NOT_LINKED(MaskedAttentionCall, two_map_, __half)
+LAM_OP_NOT_LINKED(MaskedAttentionCall, two_map_, float)
+LAM_OP_NOT_LINKED(MapGatedCall, map_gated_, __half)
+LAM_OP_NOT_LINKED(MapGatedCall, map_gated_, float)
 }  // namespace cuda
 }  // namespace lam
 
@@ -48,6 +51,14 @@ bool run_global_local(Random& r, Problem& x, const lam::cuda::Device& device) {
   return good(lam::cuda::global_local_attention_backward(both.p, device, scratch.memory.get(), nullptr));
 }
 
+bool run_map_gated(Random& r, const Problem& x, const lam::cuda::Device& device, bool renormalise) {
+  const GatedProblem gated(r, x, renormalise);
+  if (!good(lam::cuda::map_gated_attention_forward(gated.p, device, nullptr))) return false;
+  const Scratch scratch(lam::cuda::map_gated_attention_backward_bytes(gated.p, device));
+  return good(lam::cuda::map_gated_attention_backward(gated.p, device, scratch.memory.get(), nullptr)) &&
+         gated.all_written();
+}
+
 bool run(DType dtype, int64_t number) {
   Random r = generator_of(number);
   const std::unique_ptr<Problem> x = random_problem(r, dtype);
@@ -64,7 +75,9 @@ bool run(DType dtype, int64_t number) {
   const Scratch scratch(lam::cuda::masked_attention_backward_bytes(p, device));
   if (!good(lam::cuda::masked_attention_backward(p, device, scratch.memory.get(), nullptr))) return false;
   if (!all_close(*x, dtype)) return false;
-  return dtype != DType::bf16 || !TwoMapProblem::takes(p) || run_global_local(r, *x, device);
+  if (dtype != DType::bf16) return true;
+  if (TwoMapProblem::takes(p) && !run_global_local(r, *x, device)) return false;
+  return !GatedProblem::takes(p) || run_map_gated(r, *x, device, number % 2 == 0);
 }
 
 }  // namespace

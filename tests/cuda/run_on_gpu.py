@@ -16,7 +16,9 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "ops")]
 
 import test_global_local_attention as global_local_cases  # noqa: E402
+import test_map_gated_attention as map_gated_cases  # noqa: E402
 import test_masked_attention as masked_cases  # noqa: E402
+import test_masked_attention_low_rank as low_rank_cases  # noqa: E402
 import two_maps  # noqa: E402
 from on_gpu import through  # noqa: E402
 from problems import check  # noqa: E402
@@ -27,8 +29,9 @@ from lam_kernels.ops._backends import Kernels  # noqa: E402
 DEVICE = "cpu" if _cuda.emulated() else "cuda"
 # op -> its cases, and how one is judged
 OPS = {
-    "masked_attention": (masked_cases.CASES, check),
+    "masked_attention": (masked_cases.CASES | low_rank_cases.CASES, check),
     "global_local_attention": (global_local_cases.CASES, two_maps.check),
+    "map_gated_attention": (map_gated_cases.CASES, two_maps.check),
 }
 
 

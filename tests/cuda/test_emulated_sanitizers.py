@@ -13,7 +13,11 @@ import pytest
 from compile import ASAN, TSAN, build, kernel_units
 
 DTYPES = ("bf16", "f32")  # fp16 is bf16 with another matrix instruction
-KERNELS = {"masked_attention": DTYPES, "global_local_attention": ("bf16",)}
+KERNELS = {
+    "masked_attention": DTYPES,
+    "global_local_attention": ("bf16",),
+    "map_gated_attention": ("bf16",),
+}
 FLAVOURS = {"asan": (ASAN, 12), "tsan": (TSAN, 5)}  # problems a dtype
 
 

@@ -24,6 +24,7 @@ KERNELS = {
         "two_map_row_kernel",
         "two_map_key_kernel",
     ),
+    "map_gated_attention": ("map_gated_forward_kernel", "map_gated_backward_kernel"),
 }
 WIDTHS = (64, 128)
 # two blocks of 4 warps share a processor's 64 Ki registers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import BY_NAME
+from backends import needs_float64
 from two_maps import KERNELS, Drawn, assert_accurate, both, check, evaluate
 
 import lam_kernels
@@ -51,11 +51,6 @@ TILES = {
     "keys": both(B=1, H=1, Lq=31, Lk=515, pattern="Toeplitz(9)", key_mask=True),
     "dilated": both(B=1, H=1, Lq=300, Lk=530, D=32, pattern="DilatedToeplitz(96, 4)"),
 }  # fmt: skip
-
-
-def needs_float64(backend):
-    if "float64" not in BY_NAME[backend].dtypes:
-        pytest.skip(f"{backend} has no float64")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import needs_float64
 from two_maps import KERNELS, Drawn, assert_accurate, check, evaluate, gated
 
 import lam_kernels
@@ -75,6 +76,7 @@ def test_only_wanted_gradients(grads, backend, dtype):
 
 def test_slices_of_larger_gates_are_exact(backend):
     """A clip shorter than max_len uses [:T, :T] of the gates; the rest gets no gradient."""
+    needs_float64(backend)
     large = [torch.randn(50, 50, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     drawn = Drawn(gated(Lq=33, dtype="float64", pattern="Toeplitz(5)"))
     o = drawn.operands
@@ -93,6 +95,7 @@ def test_slices_of_larger_gates_are_exact(backend):
 
 def test_open_and_closed_gates_are_the_maps(backend):
     """R near 1 is the global map, R near 0 the local one."""
+    needs_float64(backend)
     drawn = Drawn(gated(Lq=40, dtype="float64", pattern="Toeplitz(5)"))
     o = drawn.operands
     for size, pattern in ((1e4, None), (-1e4, drawn.pattern)):
@@ -106,6 +109,7 @@ def test_open_and_closed_gates_are_the_maps(backend):
 
 def test_renormalised_rows_are_weights(backend):
     """With values of one the result is the row sum of the map: 1 with renormalise only."""
+    needs_float64(backend)
     drawn = Drawn(gated(Lq=40, dtype="float64", pattern="Toeplitz(5)", key_mask=True, fill="dead"))
     o = drawn.operands
     ones = torch.ones_like(o.value)
@@ -122,6 +126,7 @@ def test_renormalised_rows_are_weights(backend):
 
 def test_batch_mates(backend):
     """A sample's result does not depend on the others of its batch."""
+    needs_float64(backend)
     drawn = Drawn(gated(B=3, Lq=50, dtype="float64", pattern="Toeplitz(5)", key_mask=True))
     o = drawn.operands
     (everyone,) = drawn.call(drawn.tensors(), backend=backend)

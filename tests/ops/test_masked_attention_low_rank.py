@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import BY_NAME
+from backends import BY_NAME, needs_float64
 from problems import HEAD_DIMS, check, evaluate, random_low_rank_problem
 from test_masked_attention import PATTERNS
 from tolerance import assert_accurate
@@ -153,8 +153,7 @@ def test_factors_of_three_dtypes(backend):
 @pytest.mark.parametrize("use", ["multiplier", "bias"])
 def test_is_its_dense_form(use, backend):
     """The factors' gradients are those that autograd gives through .dense()."""
-    if "float64" not in BY_NAME[backend].dtypes:
-        pytest.skip(f"{backend} has no float64")
+    needs_float64(backend)
     p = Problem(B=3, Lq=65, **{use: "rank 5: b1 1h 11"}, lse_grad=True, dtype="float64")
     one = evaluate(p, backend)
     o = p.operands()
