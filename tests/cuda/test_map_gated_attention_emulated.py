@@ -39,16 +39,17 @@ def test_the_order_of_threads_changes_no_bit(emulation, dtype):
 def test_parts_of_every_size(emulation, processors):
     """One block for all pairs, or a part of the gates' gradients for every fourth pair."""
     emulation.device(processors)
+    emulation.count()
     check(gated(True, B=3, H=3, Lq=70, D=16, pattern="Toeplitz(9)", dtype="bfloat16"), "cuda")
+    assert emulation.counted("launches") == 3
 
 
+@pytest.mark.full
 def test_longest_fits_every_gpu(emulation):
     """320 positions, head dims of 128, in fp32: 16 rows a block, nothing refused."""
     emulation.device(2, SM_80)
-    emulation.count(banks=True)
     case = gated(B=1, H=1, Lq=320, D=128, pattern="Toeplitz(15)", dtype="float32")
     check(case, "cuda")
-    assert emulation.counted("launches") == 3
 
 
 @pytest.mark.parametrize("D", [24, 64])

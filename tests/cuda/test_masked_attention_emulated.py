@@ -16,11 +16,13 @@ pytestmark = pytest.mark.backend("cuda")
 SM_80, SM_90 = 166912, 232448  # bytes of shared memory that a block may have
 DTYPES = ("float32", "bfloat16", "float16")
 LOCAL = Problem(B=2, H=3, Lq=100, Lk=130, D=24, Dv=40, multiplier="b1qk", bias="1hqk")
+FACTORS = {"multiplier": "rank 20: b1 11 11", "bias": "rank 3: 1h b1"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_order_of_threads_changes_no_bit(emulation, dtype):
-    problem = LOCAL.but(dtype=dtype, key_mask=True, dropout_p=0.2, lse_grad=True)
+@pytest.mark.parametrize("case", [*DTYPES, "factors"])
+def test_the_order_of_threads_changes_no_bit(emulation, case):
+    changes = FACTORS | {"dtype": "bfloat16"} if case == "factors" else {"dtype": case}
+    problem = LOCAL.but(key_mask=True, dropout_p=0.2, lse_grad=True, **changes)
     first = evaluate(problem, "cuda")
     for seed, order in ((7, 0), (1, 1), (1, 2)):
         emulation.schedule(seed, order)
@@ -38,15 +40,27 @@ def test_slices_of_every_size(emulation, dtype, processors):
         check(problem, "cuda")
 
 
-FACTORS = {"multiplier": "rank 20: b1 11 11", "bias": "rank 3: 1h b1"}
-
-
 @pytest.mark.parametrize("processors", [1, 200])
 def test_slices_of_factors(emulation, processors):
     """A factor that units, splits and blocks of rows share is summed in parts; or in one."""
     emulation.device(processors)
     for masks in (FACTORS, {"multiplier": "rank 5: 11 11 11", "bias": "rank 17: bh 11 1h"}):
         check(Problem(B=3, H=4, Lq=70, D=16, **masks, dtype="bfloat16"), "cuda")
+
+
+def test_a_tile_of_factors_is_built_once_for_all_heads(emulation):
+    """Two heads more cost the same shared-memory accesses whatever the rank is, in all launches."""
+    emulation.device(1)
+    more = []
+    for rank in (16, 64):
+        counts = []
+        for H in (2, 4):
+            emulation.count(banks=True)
+            mask = f"rank {rank}: 11 11 11"
+            evaluate(Problem(B=1, H=H, Lq=70, D=16, multiplier=mask, dtype="bfloat16"), "cuda")
+            counts.append(emulation.counted("shared_accesses"))
+        more.append(counts[1] - counts[0])
+    assert more[0] == more[1] > 0
 
 
 @pytest.mark.parametrize("Lq", [20, 330])
