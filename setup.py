@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -65,9 +66,12 @@ if platform.machine() == "x86_64":
         ),
     }
 
+# ops with CUDA kernels
+CUDA_OPS = ("masked_attention", "global_local_attention", "map_gated_attention")
+CUDA_PLANS = ("plan", "map_gated_attention_plan")
 CUDA_SOURCES = [
     f"csrc/cuda/{n}.cu"
-    for n in ("device", *(f"masked_attention_{d}" for d in ("bf16", "f16", "f32")))
+    for n in ("device", *(f"{op}_{d}" for op in CUDA_OPS for d in ("bf16", "f16", "f32")))
 ]
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0+PTX")
 # A kernel that spills registers is a kernel that was not looked at: the build stops.
@@ -235,9 +239,9 @@ class NinjaFile:
     def cuda(self, archs):
         """`_cuda`. It also links and loads where torch is a CPU build, for tests to look at."""
         objects = [self.obj("_cuda", "gpu", source, archs, rule="nvcc") for source in CUDA_SOURCES]
-        objects.append(self.obj("_cuda", "host", "csrc/cuda/plan.cpp", []))
+        objects += [self.obj("_cuda", "host", f"csrc/cuda/{n}.cpp", []) for n in CUDA_PLANS]
         on_gpu = [*self.stable, "-DLAM_CUDA_KERNELS", "-DLAM_ON_GPU", "-DUSE_CUDA"]
-        objects.append(self.obj("_cuda", "host", "csrc/bind_masked_attention.cpp", on_gpu))
+        objects += [self.obj("_cuda", "host", f"csrc/bind_{op}.cpp", on_gpu) for op in CUDA_OPS]
         library = next(
             (cuda_home() / n for n in ("lib64", "lib") if (cuda_home() / n).exists()), ""
         )
@@ -247,16 +251,19 @@ class NinjaFile:
     def emulation(self):
         """`_cuda_emulation`: the sources of `_cuda` for this machine's CPU."""
         flags = [*EMULATION, f"-isystem{cuda_headers()}"]
-        objects = [self.obj("_cuda_emulation", "cpu", source, flags) for source in CUDA_SOURCES]
-        objects.append(self.obj("_cuda_emulation", "cpu", "csrc/cuda/plan.cpp", []))
-        objects.append(
-            self.obj(
-                "_cuda_emulation",
-                "cpu",
-                "csrc/bind_masked_attention.cpp",
-                [*self.stable, "-DLAM_CUDA_KERNELS"],
-            )
-        )
+        stamp = runpy.run_path("lam_kernels/ops/_sources.py")["emulation_stamp"](ROOT)
+        stamped = {CUDA_SOURCES[0]: [f'-DLAM_EMULATION_STAMP="{stamp}"']}
+        objects = [
+            self.obj("_cuda_emulation", "cpu", source, [*flags, *stamped.get(source, [])])
+            for source in CUDA_SOURCES
+        ]
+        objects += [
+            self.obj("_cuda_emulation", "cpu", f"csrc/cuda/{n}.cpp", []) for n in CUDA_PLANS
+        ]
+        emulated = [*self.stable, "-DLAM_CUDA_KERNELS"]
+        objects += [
+            self.obj("_cuda_emulation", "cpu", f"csrc/bind_{op}.cpp", emulated) for op in CUDA_OPS
+        ]
         return self.link("_cuda_emulation", objects, self.torch_link)
 
     def text(self):

@@ -361,6 +361,19 @@ void run_kernel(Kernel kernel, const Params& p) {
   STD_TORCH_CHECK(kernel(p) == 0, "out of memory: the system has no scratch memory for this call");
 }
 
+#if !defined(LAM_CUDA_KERNELS)
+// One op's kernels of the level in use; CudaKernels of bind_cuda.h is the same for the CUDA kernels.
+template <class Params>
+struct CpuKernels {
+  using Kernel = int (*)(const Params&);
+  Kernel lam::LevelKernels::*forward, lam::LevelKernels::*backward;
+
+  void check_limits(const lam::MaskedAttentionParams&) const {}  // they take every call
+  void run_forward(const Params& p, const Tensor&) const { run_kernel(lam::kernels(p.query.dtype).*forward, p); }
+  void run_backward(const Params& p, const Tensor&) const { run_kernel(lam::kernels(p.query.dtype).*backward, p); }
+};
+#endif
+
 // A gradient of the operand's shape to be filled in; empty when it is not wanted, zero when there is no pair.
 inline Tensor allocate_gradient(const Tensor& operand, bool wanted, bool no_pairs, lam::DType dtype, lam::View& v) {
   if (!wanted) return allocate(operand, Shape{0});

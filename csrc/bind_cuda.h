@@ -28,23 +28,32 @@ struct Place {
 };
 #endif
 
-inline void check_limits(const lam::MaskedAttentionParams& p) {
-  const char* limit = lam::cuda::masked_attention_limits(p);
-  STD_TORCH_CHECK(*limit == '\0', "the CUDA kernels cannot take this call: the backend ", limit);
-}
-inline void check_launched(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "masked_attention on CUDA: ", error ? error : "");
-}
-inline void run_forward(const lam::MaskedAttentionParams& p, const Tensor& like) {
-  const Place place(like);
-  check_launched(lam::cuda::masked_attention_forward(p, lam::cuda::current_device(), place.stream));
-}
-inline void run_backward(const lam::MaskedAttentionParams& p, const Tensor& like) {
-  const Place place(like);
-  const lam::cuda::Device device = lam::cuda::current_device();
-  const Shape size{lam::cuda::masked_attention_backward_bytes(p, device) / 4};
-  Tensor scratch = allocate(like, size, ScalarType::Float);
-  check_launched(lam::cuda::masked_attention_backward(p, device, scratch.mutable_data_ptr(), place.stream));
-}
+// One op's entry points of csrc/cuda.
+template <class Params>
+struct CudaKernels {
+  const char* op;
+  const char* (*forward)(const Params&, const lam::cuda::Device&, void* stream);
+  const char* (*backward)(const Params&, const lam::cuda::Device&, void* scratch, void* stream);
+  int64_t (*backward_bytes)(const Params&, const lam::cuda::Device&);
+
+  void check_limits(const lam::MaskedAttentionParams& p) const {
+    const char* limit = lam::cuda::masked_attention_limits(p);
+    STD_TORCH_CHECK(*limit == '\0', "the CUDA kernels cannot take this call: the backend ", limit);
+  }
+  void check_launched(const char* error) const {
+    STD_TORCH_CHECK(error == nullptr, op, " on CUDA: ", error ? error : "");
+  }
+  void run_forward(const Params& p, const Tensor& like) const {
+    const Place place(like);
+    check_launched(forward(p, lam::cuda::current_device(), place.stream));
+  }
+  void run_backward(const Params& p, const Tensor& like) const {
+    const Place place(like);
+    const lam::cuda::Device device = lam::cuda::current_device();
+    const Shape size{backward_bytes(p, device) / 4};
+    Tensor scratch = allocate(like, size, ScalarType::Float);
+    check_launched(backward(p, device, scratch.mutable_data_ptr(), place.stream));
+  }
+};
 
 }  // namespace

@@ -1,7 +1,23 @@
-// global_local_attention as private torch operators, by torch's stable ABI.
+// global_local_attention as private torch operators, by torch's stable ABI: of the CPU kernels, and with
+// LAM_CUDA_KERNELS of the CUDA kernels, on a GPU or emulated.
 #include "bind_call.h"
+#if defined(LAM_CUDA_KERNELS)
+#include "bind_cuda.h"
+#define LAM_OP(direction) "global_local_attention_cuda_" direction
+#else
+#define LAM_OP(direction) "global_local_attention_cpu_" direction
+#endif
 
 namespace {
+
+#if defined(LAM_CUDA_KERNELS)
+constexpr CudaKernels<lam::GlobalLocalAttentionParams> kKernels{
+    "global_local_attention", lam::cuda::global_local_attention_forward, lam::cuda::global_local_attention_backward,
+    lam::cuda::global_local_attention_backward_bytes};
+#else
+constexpr CpuKernels<lam::GlobalLocalAttentionParams> kKernels{&lam::LevelKernels::global_local_attention_fwd,
+                                                               &lam::LevelKernels::global_local_attention_bwd};
+#endif
 
 lam::GlobalLocalAttentionParams halves_of(const Call& call) {
   lam::GlobalLocalAttentionParams p{};
@@ -19,15 +35,16 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
               false);
 }
 
-void check_heads(const lam::MaskedAttentionParams& p) {
+void check_sizes(const lam::MaskedAttentionParams& p) {
   STD_TORCH_CHECK(p.H == p.Hkv, "key and value must have query's ", p.H, " heads, have ", p.Hkv);
+  kKernels.check_limits(p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> global_local_attention_cpu_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> global_local_attention_fwd(
     Tensor query, Tensor key, Tensor value, OptionalTensor multiplier, OptionalTensor bias, OptionalTensor key_mask,
     std::vector<Tensor> segment_ids, std::vector<int64_t> pattern, double scale) {
   const Call call = make_call(query, key, value, multiplier, bias, key_mask, segment_ids, pattern, scale);
-  check_heads(call.p);
+  check_sizes(call.p);
   lam::GlobalLocalAttentionParams p = halves_of(call);
   const Shape out_shape{p.B, p.H, p.Lq, p.Dv}, lse_shape{p.B, p.H, p.Lq};
   Tensor global_out = allocate(query, out_shape), local_out = allocate(query, out_shape);
@@ -42,16 +59,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> global_local_attention_cpu_fwd(
   p.lse = result_view(global_lse, call.lse_kernel_dtype());
   p.local.out = result_view(local_out, p.query.dtype);
   p.local.lse = result_view(local_lse, call.lse_kernel_dtype());
-  run_kernel(lam::kernels(p.query.dtype).global_local_attention_fwd, p);
+  kKernels.run_forward(p, query);
   return {global_out, local_out, global_lse, local_lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_local_attention_cpu_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_local_attention_bwd(
     Tensor grad_global, Tensor grad_local, Tensor query, Tensor key, Tensor value, OptionalTensor multiplier,
     OptionalTensor bias, OptionalTensor key_mask, std::vector<Tensor> segment_ids, Tensor global_out, Tensor local_out,
     Tensor global_lse, Tensor local_lse, std::vector<int64_t> pattern, double scale, std::vector<bool> needs) {
   const Call call = make_call(query, key, value, multiplier, bias, key_mask, segment_ids, pattern, scale);
-  check_heads(call.p);
+  check_sizes(call.p);
   lam::GlobalLocalAttentionParams p = halves_of(call);
   const ResultGradient global_half(call, grad_global, global_out, global_lse),
       local_half(call, grad_local, local_out, local_lse);
@@ -63,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_local_attention_cpu_bw
   if (!zeros && wanted(needs)) {
     global_half.fill(p);
     local_half.fill(p.local);
-    run_kernel(lam::kernels(p.query.dtype).global_local_attention_bwd, p);
+    kKernels.run_backward(p, query);
   }
   return {grad_query, grad_key, grad_value, grad_multiplier, grad_bias};
 }
@@ -72,16 +89,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> global_local_attention_cpu_bw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lam_kernels, m) {
   m.def(
-      "global_local_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? multiplier, Tensor? bias, "
+      LAM_OP("fwd") "(Tensor query, Tensor key, Tensor value, Tensor? multiplier, Tensor? bias, "
       "Tensor? key_mask, Tensor[] segment_ids, int[] pattern, float scale) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "global_local_attention_cpu_bwd(Tensor grad_global, Tensor grad_local, Tensor query, Tensor key, Tensor value, "
+      LAM_OP("bwd") "(Tensor grad_global, Tensor grad_local, Tensor query, Tensor key, Tensor value, "
       "Tensor? multiplier, Tensor? bias, Tensor? key_mask, Tensor[] segment_ids, Tensor global_out, Tensor local_out, "
       "Tensor global_lse, Tensor local_lse, int[] pattern, float scale, bool[] needs) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
+#if defined(LAM_ON_GPU)
+STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CPU, m) {
-  m.impl("global_local_attention_cpu_fwd", TORCH_BOX(&global_local_attention_cpu_fwd));
-  m.impl("global_local_attention_cpu_bwd", TORCH_BOX(&global_local_attention_cpu_bwd));
+#endif
+  m.impl(LAM_OP("fwd"), TORCH_BOX(&global_local_attention_fwd));
+  m.impl(LAM_OP("bwd"), TORCH_BOX(&global_local_attention_bwd));
 }

@@ -1,7 +1,24 @@
-// map_gated_attention as private torch operators, by torch's stable ABI.
+// map_gated_attention as private torch operators, by torch's stable ABI: of the CPU kernels, and with LAM_CUDA_KERNELS
+// of the CUDA kernels, on a GPU or emulated.
 #include "bind_call.h"
+#if defined(LAM_CUDA_KERNELS)
+#include "bind_cuda.h"
+#include "cuda/map_gated_attention.h"
+#define LAM_OP(direction) "map_gated_attention_cuda_" direction
+#else
+#define LAM_OP(direction) "map_gated_attention_cpu_" direction
+#endif
 
 namespace {
+
+#if defined(LAM_CUDA_KERNELS)
+constexpr CudaKernels<lam::MapGatedAttentionParams> kKernels{
+    "map_gated_attention", lam::cuda::map_gated_attention_forward, lam::cuda::map_gated_attention_backward,
+    lam::cuda::map_gated_attention_backward_bytes};
+#else
+constexpr CpuKernels<lam::MapGatedAttentionParams> kKernels{&lam::LevelKernels::map_gated_attention_fwd,
+                                                            &lam::LevelKernels::map_gated_attention_bwd};
+#endif
 
 constexpr int64_t kMaxLength = 512;
 
@@ -12,6 +29,7 @@ lam::MapGatedAttentionParams params_of(const Call& call, const Tensor& gate_glob
   STD_TORCH_CHECK(p.H == p.Hkv, "key and value must have query's ", p.H, " heads, have ", p.Hkv);
   STD_TORCH_CHECK(p.Lq == p.Lk, "query and key must have one length, have ", p.Lq, " and ", p.Lk);
   STD_TORCH_CHECK(p.Lq <= kMaxLength, "at most ", kMaxLength, " positions, got ", p.Lq);
+  kKernels.check_limits(p);
   auto gate_view = [&](const Tensor& gate, const char* name) {
     check_tensor(gate, name, {p.Lq, p.Lq});
     const lam::DType dtype = dtype_of(gate, name);
@@ -31,7 +49,7 @@ Call make_call(const Tensor& query, const Tensor& key, const Tensor& value, cons
               scale, 0.0, false);
 }
 
-Tensor map_gated_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor gate_global, Tensor gate_local,
+Tensor map_gated_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor gate_global, Tensor gate_local,
                                    OptionalTensor key_mask, std::vector<Tensor> segment_ids,
                                    std::vector<int64_t> pattern, double scale, bool renormalise) {
   const Call call = make_call(query, key, value, key_mask, segment_ids, pattern, scale);
@@ -43,11 +61,11 @@ Tensor map_gated_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tenso
     return out;
   }
   p.out = result_view(out, p.query.dtype);
-  run_kernel(lam::kernels(p.query.dtype).map_gated_attention_fwd, p);
+  kKernels.run_forward(p, query);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> map_gated_attention_cpu_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> map_gated_attention_bwd(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor gate_global, Tensor gate_local,
     OptionalTensor key_mask, std::vector<Tensor> segment_ids, std::vector<int64_t> pattern, double scale,
     bool renormalise, std::vector<bool> needs) {
@@ -64,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> map_gated_attention_cpu_bwd(
   Tensor grad_local = allocate_gradient(gate_local, needs[4], zeros, p.gate_local.dtype, p.grad_gate_local);
   if (!zeros && wanted(needs)) {
     p.grad_out = row_view(grad_out, dtype);
-    run_kernel(lam::kernels(dtype).map_gated_attention_bwd, p);
+    kKernels.run_backward(p, query);
   }
   return {grad_query, grad_key, grad_value, grad_global, grad_local};
 }
@@ -73,15 +91,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> map_gated_attention_cpu_bwd(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lam_kernels, m) {
   m.def(
-      "map_gated_attention_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor gate_global, Tensor gate_local, "
+      LAM_OP("fwd") "(Tensor query, Tensor key, Tensor value, Tensor gate_global, Tensor gate_local, "
       "Tensor? key_mask, Tensor[] segment_ids, int[] pattern, float scale, bool renormalise) -> Tensor");
   m.def(
-      "map_gated_attention_cpu_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor gate_global, "
+      LAM_OP("bwd") "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor gate_global, "
       "Tensor gate_local, Tensor? key_mask, Tensor[] segment_ids, int[] pattern, float scale, bool renormalise, "
       "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
+#if defined(LAM_ON_GPU)
+STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(lam_kernels, CPU, m) {
-  m.impl("map_gated_attention_cpu_fwd", TORCH_BOX(&map_gated_attention_cpu_fwd));
-  m.impl("map_gated_attention_cpu_bwd", TORCH_BOX(&map_gated_attention_cpu_bwd));
+#endif
+  m.impl(LAM_OP("fwd"), TORCH_BOX(&map_gated_attention_fwd));
+  m.impl(LAM_OP("bwd"), TORCH_BOX(&map_gated_attention_bwd));
 }

@@ -10,14 +10,13 @@
 
 namespace {
 
-#if !defined(LAM_CUDA_KERNELS)
-void check_limits(const lam::MaskedAttentionParams&) {}  // they take every call
-void run_forward(const lam::MaskedAttentionParams& p, const Tensor&) {
-  run_kernel(lam::kernels(p.query.dtype).masked_attention_fwd, p);
-}
-void run_backward(const lam::MaskedAttentionParams& p, const Tensor&) {
-  run_kernel(lam::kernels(p.query.dtype).masked_attention_bwd, p);
-}
+#if defined(LAM_CUDA_KERNELS)
+constexpr CudaKernels<lam::MaskedAttentionParams> kKernels{
+    "masked_attention", lam::cuda::masked_attention_forward, lam::cuda::masked_attention_backward,
+    lam::cuda::masked_attention_backward_bytes};
+#else
+constexpr CpuKernels<lam::MaskedAttentionParams> kKernels{&lam::LevelKernels::masked_attention_fwd,
+                                                          &lam::LevelKernels::masked_attention_bwd};
 #endif
 
 std::tuple<Tensor, Tensor> masked_attention_fwd(
@@ -28,7 +27,7 @@ std::tuple<Tensor, Tensor> masked_attention_fwd(
   Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
             attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
   lam::MaskedAttentionParams& p = call.p;
-  check_limits(p);
+  kKernels.check_limits(p);
   const Shape out_shape{p.B, p.H, p.Lq, p.Dv}, lse_shape{p.B, p.H, p.Lq};
   Tensor out = allocate(query, out_shape);
   Tensor lse = allocate(query, lse_shape, call.lse_dtype());
@@ -39,7 +38,7 @@ std::tuple<Tensor, Tensor> masked_attention_fwd(
   }
   p.out = result_view(out, p.query.dtype);
   p.lse = result_view(lse, call.lse_kernel_dtype());
-  run_forward(p, query);
+  kKernels.run_forward(p, query);
   return {out, lse};
 }
 
@@ -54,7 +53,7 @@ Gradients masked_attention_bwd(
   Call call(query, key, value, {multiplier, multiplier_columns, multiplier_offset}, {bias, bias_columns, bias_offset},
             attn_mask, key_mask, segment_ids, rng_state, pattern, scale, dropout_p, gate);
   lam::MaskedAttentionParams& p = call.p;
-  check_limits(p);
+  kKernels.check_limits(p);
   check_needs(needs, 9);
   const ResultGradient result(call, grad_out, out, lse);
   if (grad_lse) {
@@ -82,7 +81,7 @@ Gradients masked_attention_bwd(
   if (!zeros && wanted(needs)) {
     result.fill(p);
     if (grad_lse) p.grad_lse = view(input_data(*grad_lse), call.lse_kernel_dtype(), *grad_lse);
-    run_backward(p, query);
+    kKernels.run_backward(p, query);
   }
   return {grad_query, grad_key, grad_value, grad_multiplier, grad_bias, grad_multiplier_columns, grad_multiplier_offset,
           grad_bias_columns, grad_bias_offset};

@@ -25,8 +25,9 @@ for folder in (TESTS, TESTS.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from backends import BACKENDS, rows_for, why_missing, without_kernels  # noqa: E402
-from interpreted import left_out  # noqa: E402
+import emulated  # noqa: E402
+import interpreted  # noqa: E402
+from backends import BACKENDS, rows_for, takes_no_part, why_missing  # noqa: E402
 
 THREADS = 2
 
@@ -80,6 +81,18 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", values)
 
 
+# backend -> why an ordinary run leaves a test out, "" when it takes it
+LEFT_OUT = {"triton": interpreted.left_out, "cuda": emulated.left_out}
+
+
+def _takes_no_part(name: str, item, full: bool) -> str:
+    """Why a test is not for a backend, "" when it is."""
+    why_not = takes_no_part(name, item.path.stem) if item.path.parent.name == "ops" else ""
+    if not why_not and not full and name in LEFT_OUT:
+        why_not = LEFT_OUT[name](item)
+    return why_not
+
+
 def pytest_collection_modifyitems(config, items):
     reasons = {row.name: why_missing(row.name) for row in BACKENDS}
     for item in items:
@@ -88,10 +101,8 @@ def pytest_collection_modifyitems(config, items):
         item.user_properties.append(("backend", name))
         if reasons.get(name):
             item.add_marker(pytest.mark.skip(reason=f"{name}: {reasons[name]}"))
-        elif without_kernels(name, item.path.stem):
-            item.add_marker(pytest.mark.skip(reason=without_kernels(name, item.path.stem)))
-        elif name == "triton" and not config.getoption("full") and left_out(item):
-            item.add_marker(pytest.mark.skip(reason=left_out(item)))
+        elif why_not := _takes_no_part(name, item, config.getoption("full")):
+            item.add_marker(pytest.mark.skip(reason=why_not))
         if item.get_closest_marker("full") and not config.getoption("full"):
             item.add_marker(pytest.mark.skip(reason="big: only with --full (make test-full)"))
 

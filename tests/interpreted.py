@@ -9,21 +9,21 @@ from __future__ import annotations
 import torch
 
 
-def _cases(dtype: str, *names: str) -> list[dict[str, str]]:
+def cases(dtype: str, *names: str) -> list[dict[str, str]]:
     return [{"case": name, "dtype": dtype} for name in names]
 
 
 # test function -> values of its parameters beside the backend; one that is not named is any
 SUBSET: dict[str, list[dict[str, str]]] = {
     "test_case": [
-        *_cases(
+        *cases(
             "float32",
             "no mask, one row", "no mask, one key", "both masks, all full", "mask of one number",
             "gate", "gate, key weights", "masks of two other dtypes", "more rows than keys",
             "rows without keys", "hidden by the bias", "dropout, nearly all", "lse alone",
             "wide scores", "scale of zero", "one pattern a head",
         ),
-        *_cases(
+        *cases(
             "bfloat16",
             "no mask", "both masks", "learned scale", "gate in half precision", "float32 masks",
             "more keys than rows", "shared heads", "one shared head", "windows",
@@ -32,7 +32,7 @@ SUBSET: dict[str, list[dict[str, str]]] = {
             "tiles, local", "tiles, dilated", "tiles, blocks", "tiles, causal",
             "one pattern a head",
         ),
-        *_cases("float16", "both masks", "mask of rows", "gate", "dropout"),
+        *cases("float16", "both masks", "mask of rows", "gate", "dropout"),
     ],
     "test_broadcast": [
         {"use": "multiplier", "axes": axes} for axes in ("bhqk", "1h1k", "b1q1", "11qk", "qk")
@@ -81,9 +81,9 @@ SUBSET: dict[str, list[dict[str, str]]] = {
 }  # fmt: skip
 LOW_RANK: dict[str, list[dict[str, str]]] = {
     "test_case": [
-        *_cases("float32", "keys hidden by the offset"),
-        *_cases("bfloat16", "more keys"),
-        *_cases("float16", "multiplier"),
+        *cases("float32", "keys hidden by the offset"),
+        *cases("bfloat16", "more keys"),
+        *cases("float16", "multiplier"),
     ],
     "test_only_wanted_gradients": [{"grads": "b"}, {"grads": "q"}],
     "test_factors_of_three_dtypes": [{}],
@@ -91,9 +91,9 @@ LOW_RANK: dict[str, list[dict[str, str]]] = {
 }
 SCORE: dict[str, list[dict[str, str]]] = {
     "test_case": [
-        *_cases("float32", "mean", "wide", "sample without keys", "negative scale"),
-        *_cases("bfloat16", "two layers", "mean, add", "one layer", "unequal head dims"),
-        *_cases("float16", "add"),
+        *cases("float32", "mean", "wide", "sample without keys", "negative scale"),
+        *cases("bfloat16", "two layers", "mean, add", "one layer", "unequal head dims"),
+        *cases("float16", "add"),
     ],
     "test_only_wanted_gradients": [{"grads": grads, "dtype": "float32"} for grads in ("v", "qm")],
     "test_a_constant_network_is_plain_attention": [{"fusion": "mul"}],
@@ -101,8 +101,8 @@ SCORE: dict[str, list[dict[str, str]]] = {
     "test_nothing_to_attend": [{}],
 }
 # small problems with every feature of these two ops are tests/triton_kernels/test_two_maps.py
-BOTH: dict[str, list[dict[str, str]]] = {"test_case": _cases("bfloat16", "both masks")}
-GATED: dict[str, list[dict[str, str]]] = {"test_case": _cases("bfloat16", "other gate dtypes")}
+BOTH: dict[str, list[dict[str, str]]] = {"test_case": cases("bfloat16", "both masks")}
+GATED: dict[str, list[dict[str, str]]] = {"test_case": cases("bfloat16", "other gate dtypes")}
 # file -> its part
 SUBSETS = {
     "test_masked_attention": SUBSET,
@@ -114,15 +114,21 @@ SUBSETS = {
 }
 
 
+def listed(item, subset: dict[str, list[dict[str, str]]]) -> bool:
+    """Whether a test has the parameters of one of the lines under its name."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return any(
+        all(str(given.get(name)) == value for name, value in wanted.items())
+        for wanted in subset.get(item.originalname, ())
+    )
+
+
 def left_out(item) -> str:
     """Why an ordinary run leaves this test out, "" when it takes it."""
     if (
         torch.cuda.is_available() or item.path.parent.name == "triton_kernels"
     ):  # the backend's own tests
         return ""
-    subset = SUBSETS.get(item.path.stem, {})
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    for wanted in subset.get(item.originalname, ()) if given else ():
-        if all(str(given.get(name)) == value for name, value in wanted.items()):
-            return ""
+    if listed(item, SUBSETS.get(item.path.stem, {})):
+        return ""
     return "in the interpreter: a subset here (tests/interpreted.py), all with --full"

@@ -21,6 +21,7 @@ from tolerance import FACTOR, GRADIENT_FACTOR, violations
 from torch import Tensor
 
 import lam_kernels
+from lam_kernels.ops._backends import Explanation
 from lam_kernels.patterns import encode
 from python_ref import global_local_attention as global_local
 from python_ref import map_gated_attention as map_gated
@@ -93,6 +94,15 @@ class Drawn:
             return op(query, key, value, self.pattern, multiplier=multiplier, bias=bias, **more)
         more["renormalise"] = case.renormalise
         return (op(query, key, value, multiplier, bias, self.pattern, **more),)
+
+    def explain(self, backend: str) -> Explanation:
+        def op(*arguments, **keywords):
+            explained.append(lam_kernels.explain(self.case.op, *arguments, **keywords))
+            return ()
+
+        explained: list = []
+        self.call(self.tensors(), op, backend=backend)
+        return explained[0]
 
     def with_gradients(self, results) -> dict[str, Tensor]:
         found = dict(zip(self.case.results, (r.detach() for r in results), strict=True))
@@ -185,8 +195,24 @@ def assert_accurate(result: dict[str, Tensor], case: Case) -> None:
 
 
 def check(case: Case, backend: str | None) -> None:
-    """The backend's result for a case is as accurate as its dtype allows."""
-    assert_accurate(evaluate(case, backend), case)
+    """The backend's result for a case is as accurate as its dtype allows.
+
+    A case beyond the backend's limits must be refused, with the reason that explain() gives.
+    """
+    why_not = limits(case, backend)
+    if not why_not:
+        assert_accurate(evaluate(case, backend), case)
+        return
+    with pytest.raises(RuntimeError, match="cannot serve this call") as refused:
+        evaluate(case, backend)
+    assert why_not[0] in str(refused.value)
+
+
+def limits(case: Case, backend: str | None) -> tuple[str, ...]:
+    """Why the backend does not serve a case, () when it does."""
+    if backend in (None, "cpu", "reference"):  # they serve everything
+        return ()
+    return Drawn(case).explain(backend).reasons[backend]
 
 
 def random_case(op: str, seed: int, dtype: str | None = None) -> Case:

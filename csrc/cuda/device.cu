@@ -33,6 +33,11 @@ Device current_device() { return emulated; }
 // For tests, by ctypes.
 #define LAM_TEST_FUNCTION extern "C" __attribute__((visibility("default")))
 
+#if !defined(LAM_EMULATION_STAMP)
+#define LAM_EMULATION_STAMP ""
+#endif
+// The sources that the library was compiled from (lam_kernels/ops/_sources.py).
+LAM_TEST_FUNCTION const char* lam_emulation_stamp() { return LAM_EMULATION_STAMP; }
 // Other sizes lead to other plans: streaming, smaller blocks, more slices.
 LAM_TEST_FUNCTION void lam_emulation_device(int processors, int shared_bytes) {
   emulated = {processors, shared_bytes, shared_bytes + 1024};
@@ -45,7 +50,7 @@ LAM_TEST_FUNCTION void lam_emulation_layout(int dtype, int Lq, int Lk, int D, in
   p.B = p.H = p.Hkv = 1, p.Lq = Lq, p.Lk = Lk, p.D = D, p.Dv = Dv;
   p.query.dtype = static_cast<DType>(dtype);
   p.multiplier.data = plan, p.multiplier.stride[2] = p.multiplier.stride[3] = 1;  // a full tile
-  const Layout l = row_layout(p, {132, shared_bytes, shared_bytes}, backward != 0, backward != 0, false);
+  const Layout l = row_layout(p, {132, shared_bytes, shared_bytes}, {false, backward != 0, backward != 0, false});
   plan[0] = 16 * l.warps, plan[1] = l.stages, plan[2] = l.chunks, plan[3] = l.bytes;
 }
 LAM_TEST_FUNCTION void lam_emulation_schedule(uint64_t seed, int order) {

@@ -1,6 +1,7 @@
 // The second backward kernel's way: a block owns some keys and goes through its (batch, key head) pairs, for each
 // through the query heads that share it, and for each of those through the chunks of 64 queries that can see its keys.
 #pragma once
+#include "cuda/mask_tile.cuh"
 #include "cuda/ring.cuh"
 
 namespace lam {
@@ -47,7 +48,7 @@ struct KeyWalk {
   }
   __device__ __forceinline__ bool chunk_sees_keys() const {
     const PatternSpec* spec = spec_of(c, h);
-    if (!spec) return true;
+    if (!spec || c.two_maps) return true;
     const int64_t Lq = c.p.Lq, first = static_cast<int64_t>(chunk) * kChunk, last = min64(first + kChunk, Lq) - 1;
     return row_range(*spec, first, Lq, c.p.Lk).start < first_key + rows &&
            row_range(*spec, last, Lq, c.p.Lk).stop > first_key;
@@ -68,7 +69,32 @@ struct KeyWalk {
               chunk * kChunk, kChunk, Lq, D, ring.threads);
     copy_rows(ring.chunk(l.grad_out, l.value_pitch, ring.issued), l.value_pitch, p.grad_out, c.grad_out_aligned, b, h,
               chunk * kChunk, kChunk, Lq, Dv, ring.threads);
+    if (l.near_grad_out >= 0)
+      copy_rows(ring.chunk(l.near_grad_out, l.value_pitch, ring.issued), l.value_pitch, c.near.grad_out,
+                c.near.grad_out_aligned, b, h, chunk * kChunk, kChunk, Lq, Dv, ring.threads);
   }
+};
+
+// lse and shift of the queries of a chunk, of one map.
+struct QueryStatistics {
+  float *lse, *shift;
+
+  __device__ __forceinline__ QueryStatistics(unsigned char* memory, int lse_at, int shift_at)
+      : lse(at<float>(memory, lse_at)), shift(at<float>(memory, shift_at)) {}
+  __device__ __forceinline__ void load(const View& of, const float* left, const KeyWalk& now, const Threads& threads) {
+    const MaskedAttentionParams& p = now.c.p;
+    const int first = now.chunk * kChunk;
+    for (int k = threads.id; k < kChunk; k += threads.count) {
+      const bool inside = first + k < p.Lq;
+      const float value = inside ? static_cast<const float*>(of.data)[now.b * of.stride[0] + now.h * of.stride[1] +
+                                                                      (first + k) * of.stride[2]]
+                                 : -kInfinity;
+      lse[k] = value == -kInfinity ? kInfinity : value;  // a row that sees no key: every weight 0
+      shift[k] = inside && left ? left[(now.b * p.H + now.h) * p.Lq + first + k] : 0.f;
+    }
+  }
+  __device__ __forceinline__ float lse_of(int i) const { return ptx::shared_load(lse + i); }
+  __device__ __forceinline__ float shift_of(int i) const { return ptx::shared_load(shift + i); }
 };
 
 // Masks, bits, lse and shift of one chunk of queries and the block's keys.
@@ -76,28 +102,25 @@ struct KeyMasks {
   const MaskedAttentionCall& c;
   MaskTile multiplier, bias;
   uint32_t *visible, *kept, *key_visible;
-  float *lse, *shift;
+  QueryStatistics rows, near_rows;
   int words, visible_of = -1, kept_of = -1, keys_of = -1;
 
   __device__ __forceinline__ KeyMasks(const MaskedAttentionCall& call, unsigned char* memory)
       : c(call),
-        multiplier(memory, call.keys.multiplier, call.p.multiplier, call.keys.tile_pitch),
-        bias(memory, call.keys.bias, call.p.bias, call.keys.tile_pitch),
+        multiplier(memory, call.keys, call.keys.multiplier, call.p.multiplier, call.p.multiplier_factors),
+        bias(memory, call.keys, call.keys.bias, call.p.bias, call.p.bias_factors),
         visible(at<uint32_t>(memory, call.keys.visible)),
         kept(call.keys.kept < 0 ? nullptr : at<uint32_t>(memory, call.keys.kept)),
         key_visible(at<uint32_t>(memory, call.keys.key_visible)),
-        lse(at<float>(memory, call.keys.lse)),
-        shift(at<float>(memory, call.keys.shift)),
+        rows(memory, call.keys.lse, call.keys.shift),
+        near_rows(memory, call.keys.near_lse, call.keys.near_shift),
         words((call.keys.warps + 1) / 2) {}
 
   __device__ __forceinline__ void load(const KeyWalk& now, const Threads& threads) {
     const MaskedAttentionParams& p = c.p;
-    const int keys = 16 * c.keys.warps, i = now.chunk * kChunk, j = now.first_key;
-    const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk), H = static_cast<int>(p.H);
-    if (!multiplier.holds(p.multiplier, now.b, now.h, i, j))
-      multiplier.load(p.multiplier, now.b, now.h, i, kChunk, Lq, j, keys, Lk, false, threads);
-    if (!bias.holds(p.bias, now.b, now.h, i, j))
-      bias.load(p.bias, now.b, now.h, i, kChunk, Lq, j, keys, Lk, p.gate, threads);
+    const int i = now.chunk * kChunk, j = now.first_key, H = static_cast<int>(p.H);
+    bring(multiplier, now, false, threads);
+    bring(bias, now, p.gate, threads);
     const int visible_by = ((c.visible_by_b ? now.b * H : 0) + (c.visible_by_h ? now.h : 0)) * now.chunks + now.chunk;
     if (visible_of != visible_by) {
       load_visible(visible, c, now.b, now.h, i, kChunk, j, words, threads);
@@ -112,20 +135,18 @@ struct KeyMasks {
       load_kept(kept, c, now.b, now.h, i, kChunk, j, words, threads);
       kept_of = kept_by;
     }
-    for (int k = threads.id; k < kChunk; k += threads.count) {
-      const bool inside = i + k < Lq;
-      const float value = inside ? static_cast<const float*>(p.lse.data)[now.b * p.lse.stride[0] +
-                                                                         now.h * p.lse.stride[1] +
-                                                                         (i + k) * p.lse.stride[2]]
-                                 : -kInfinity;
-      lse[k] = value == -kInfinity ? kInfinity : value;  // a row that sees no key: every weight 0
-      shift[k] = inside && c.shift ? c.shift[(now.b * p.H + now.h) * p.Lq + i + k] : 0.f;
-    }
+    rows.load(p.lse, c.shift, now, threads);
+    if (c.two_maps) near_rows.load(c.near.lse, c.near.shift, now, threads);
     __syncthreads();
   }
-  __device__ __forceinline__ float lse_of(int i) const { return ptx::shared_load(lse + i); }
-  __device__ __forceinline__ float shift_of(int i) const { return ptx::shared_load(shift + i); }
-  // The lane's pairs with the 8 N queries from `first` on, as bits 4 n + e.
+  // Tiles of factors stay for all chunks where they fit: built once for all heads that share them.
+  __device__ __forceinline__ void bring(MaskTile& tile, const KeyWalk& now, bool logarithm, const Threads& threads) {
+    const int keys = 16 * c.keys.warps, kept = tile.f.rank > 0 ? c.keys.mask_chunks : 1;
+    const int first = kept > 1 ? 0 : now.chunk * kChunk;
+    tile.bring(c.p, now.b, now.h, first, kept * kChunk, now.first_key, keys, logarithm, threads);
+    if (kept > 1) tile.shown = tile.data + now.chunk * kChunk * tile.pitch;
+  }
+  // The lane's pairs with the 8 N queries from `first` on, as bits 4 n + e. No bits or no keys: all.
   template <int N>
   __device__ __forceinline__ uint32_t pairs_of(const uint32_t* bits, const uint32_t* keys, int first, int warp_key,
                                                const Lane& lane) const {
@@ -136,7 +157,7 @@ struct KeyMasks {
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const uint32_t column = (bits[(first + n * 8 + lane.column + e) * words + word] & key_word) >> place;
+        const uint32_t column = ((bits ? bits[(first + n * 8 + lane.column + e) * words + word] : ~0u) & key_word) >> place;
         pairs |= (column & 1) << (4 * n + e) | (column >> 8 & 1) << (4 * n + e + 2);
       }
     return pairs;

@@ -10,9 +10,8 @@ namespace lam {
 namespace cuda {
 namespace {
 
-template <class Kernel>
-const char* launch(Kernel* kernel, int blocks, int threads, int shared_bytes, const MaskedAttentionCall& call,
-                   void* stream) {
+template <class Kernel, class Call>
+const char* launch(Kernel* kernel, int blocks, int threads, int shared_bytes, const Call& call, void* stream) {
   if (blocks == 0) return nullptr;
 #if defined(__CUDACC__)
   if (shared_bytes > 48 << 10) {

@@ -9,33 +9,15 @@ namespace lam {
 namespace cuda {
 namespace {
 
-int ceil_div(int64_t x, int64_t y) { return static_cast<int>((x + y - 1) / y); }
-int round_up(int64_t x, int64_t y) { return ceil_div(x, y) * static_cast<int>(y); }
-
-int element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-// An odd number of 16-byte steps: eight rows then lie in eight different groups of banks.
-int pitch_of(int64_t width, DType dtype) { return round_up(width, 16) + 16 / element_bytes(dtype); }
-
-struct Filler {
-  int bytes = 0;
-  int add(int64_t wanted) {
-    const int at = bytes;
-    bytes += round_up(wanted, 16);
-    return at;
-  }
-};
-
-// Rows over equally large blocks of at most 16 * kMaxWarps.
-int row_warps(int64_t rows) { return ceil_div(ceil_div(rows, ceil_div(rows, 16 * kMaxWarps)), 16); }
-
-// A mask tile: one row where the mask has one, 8 floats a row where it has one column.
-int64_t tile_floats(const View& mask, int rows, int pitch) {
-  return (mask.stride[2] == 0 ? 1 : rows) * static_cast<int64_t>(mask.stride[3] == 0 ? 8 : pitch);
+// Bytes of a mask tile: one row where the mask has one, 8 floats a row where it has one column.
+int64_t tile_bytes(const View& mask, int64_t rows, int pitch) {
+  return 4 * (mask.stride[2] == 0 ? 1 : rows) * (mask.stride[3] == 0 ? 8 : pitch);
 }
 
-Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, bool backward, bool grad_multiplier,
-                    bool grad_bias) {
+bool any_factors(const MaskedAttentionParams& p) { return p.multiplier_factors.rank > 0 || p.bias_factors.rank > 0; }
+int64_t staged_bytes(int rows, int columns) { return int64_t{4} * (rows + columns) * (kRankStep + 4); }
+
+Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, const RowTiles& tiles) {
   const int size = element_bytes(p.query.dtype), rows = 16 * warps, chunks = ceil_div(p.Lk, kChunk);
   Layout l;
   std::memset(&l, 0xff, sizeof l);  // -1
@@ -44,13 +26,19 @@ Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, bool 
   l.tile_pitch = chunks * kChunk + 8;  // two rows, 4 columns each, in different banks
   Filler f;
   l.query = f.add(static_cast<int64_t>(l.row_slots) * rows * l.row_pitch * size);
-  if (backward) l.grad_out = f.add(static_cast<int64_t>(l.row_slots) * rows * l.value_pitch * size);
+  const int64_t value_rows = static_cast<int64_t>(l.row_slots) * rows * l.value_pitch * size;
+  if (tiles.backward) l.grad_out = f.add(value_rows);
+  if (tiles.backward && tiles.two_maps) l.near_grad_out = f.add(value_rows);
   l.key = f.add(static_cast<int64_t>(stages) * kChunk * l.row_pitch * size);
   l.value = f.add(static_cast<int64_t>(stages) * kChunk * l.value_pitch * size);
-  if (p.multiplier.data) l.multiplier = f.add(4 * tile_floats(p.multiplier, rows, l.tile_pitch));
-  if (p.bias.data) l.bias = f.add(4 * tile_floats(p.bias, rows, l.tile_pitch));
-  if (grad_multiplier) l.grad_multiplier = f.add(int64_t{4} * rows * l.tile_pitch);
-  if (grad_bias) l.grad_bias = f.add(int64_t{4} * rows * l.tile_pitch);
+  const int64_t whole_tile = int64_t{4} * rows * l.tile_pitch;
+  if (p.multiplier.data) l.multiplier = f.add(tile_bytes(p.multiplier, rows, l.tile_pitch));
+  if (p.multiplier_factors.rank > 0) l.multiplier = f.add(whole_tile);
+  if (p.bias.data) l.bias = f.add(tile_bytes(p.bias, rows, l.tile_pitch));
+  if (p.bias_factors.rank > 0) l.bias = f.add(whole_tile);
+  if (any_factors(p)) l.factors = f.add(staged_bytes(rows, kChunk));
+  if (tiles.grad_multiplier) l.grad_multiplier = f.add(whole_tile);
+  if (tiles.grad_bias) l.grad_bias = f.add(whole_tile);
   l.visible = f.add(int64_t{8} * rows * chunks);
   if (p.dropout_p > 0) l.kept = f.add(int64_t{8} * rows * chunks);
   l.key_visible = f.add(int64_t{8} * chunks);
@@ -59,7 +47,7 @@ Layout lay_out_rows(const MaskedAttentionParams& p, int warps, int stages, bool 
   return l;
 }
 
-Layout lay_out_keys(const MaskedAttentionParams& p, int warps, int stages) {
+Layout lay_out_keys(const MaskedAttentionParams& p, int warps, int stages, bool two_maps, int mask_chunks) {
   const int size = element_bytes(p.query.dtype), rows = 16 * warps;
   Layout l;
   std::memset(&l, 0xff, sizeof l);
@@ -71,13 +59,20 @@ Layout lay_out_keys(const MaskedAttentionParams& p, int warps, int stages) {
   l.value = f.add(static_cast<int64_t>(l.row_slots) * rows * l.value_pitch * size);
   l.query = f.add(static_cast<int64_t>(stages) * kChunk * l.row_pitch * size);
   l.grad_out = f.add(static_cast<int64_t>(stages) * kChunk * l.value_pitch * size);
-  if (p.multiplier.data) l.multiplier = f.add(4 * tile_floats(p.multiplier, kChunk, l.tile_pitch));
-  if (p.bias.data) l.bias = f.add(4 * tile_floats(p.bias, kChunk, l.tile_pitch));
+  if (two_maps) l.near_grad_out = f.add(static_cast<int64_t>(stages) * kChunk * l.value_pitch * size);
+  l.mask_chunks = mask_chunks;
+  const int64_t whole_tile = int64_t{4} * mask_chunks * kChunk * l.tile_pitch;
+  if (p.multiplier.data) l.multiplier = f.add(tile_bytes(p.multiplier, kChunk, l.tile_pitch));
+  if (p.multiplier_factors.rank > 0) l.multiplier = f.add(whole_tile);
+  if (p.bias.data) l.bias = f.add(tile_bytes(p.bias, kChunk, l.tile_pitch));
+  if (p.bias_factors.rank > 0) l.bias = f.add(whole_tile);
+  if (any_factors(p)) l.factors = f.add(staged_bytes(kChunk, rows));
   l.visible = f.add(int64_t{8} * kChunk);
   if (p.dropout_p > 0) l.kept = f.add(int64_t{8} * kChunk);
   l.key_visible = f.add(8);
   if (p.query.dtype == DType::f32) l.weights = f.add(int64_t{4} * rows * (kChunk + 4));
   l.lse = f.add(4 * kChunk), l.shift = f.add(4 * kChunk);
+  if (two_maps) l.near_lse = f.add(4 * kChunk), l.near_shift = f.add(4 * kChunk);
   l.bytes = f.bytes;
   return l;
 }
@@ -114,18 +109,30 @@ Slices slices_of(const MaskedAttentionParams& p, bool share_b, bool share_h, con
   return s;
 }
 
+// Along which axes a mask differs, or the gradients that are wanted of it: what shares a tile of it.
+struct MaskAxes {
+  bool there, b, h;
+  explicit MaskAxes(const View& dense) : there(dense.data), b(dense.stride[0] != 0), h(dense.stride[1] != 0) {}
+  MaskAxes(const View& dense, const Factors& f) : MaskAxes(dense) {
+    if (f.rank > 0) there = true;
+    for (const View* v : {&f.rows, &f.columns, &f.offset}) b |= v->stride[0] != 0, h |= v->stride[1] != 0;
+  }
+  void add(const MaskAxes& other) { b |= other.b, h |= other.h; }
+};
+MaskAxes leading_mask(const MaskedAttentionParams& p) {
+  const MaskAxes multiplier(p.multiplier, p.multiplier_factors);
+  return multiplier.there ? multiplier : MaskAxes(p.bias, p.bias_factors);
+}
+bool any_wanted(const View& dense, const Factors& f) {
+  return dense.data || f.rows.data || f.columns.data || f.offset.data;
+}
+
 // The pairs that share the tile which costs most to load again: the multiplier's, else the bias's, else, for K and V
 // shared by heads, those of one sample.
 void sharing_of_operands(const MaskedAttentionParams& p, bool& share_b, bool& share_h) {
-  const View& mask = p.multiplier.data ? p.multiplier : p.bias;
-  share_b = mask.data && (mask.stride[0] == 0 || p.B == 1) && p.B > 1;
-  share_h = !mask.data || mask.stride[1] == 0 || p.H == 1;
-}
-
-bool aligned_rows(const View& v, int size) {
-  auto whole = [&](int64_t stride) { return stride * size % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && whole(v.stride[0]) && whole(v.stride[1]) &&
-         whole(v.stride[2]);
+  const MaskAxes mask = leading_mask(p);
+  share_b = mask.there && !mask.b && p.B > 1;
+  share_h = !mask.there || !mask.h || p.H == 1;
 }
 
 bool same(const PatternSpec& x, const PatternSpec& y) {
@@ -151,6 +158,8 @@ int collect_specs(const MaskedAttentionParams& p, PatternSpec* specs, uint8_t* s
   return n;
 }
 
+}  // namespace
+
 bool fill_call(MaskedAttentionCall& c, const MaskedAttentionParams& p) {
   c.p = p;
   c.p.patterns = nullptr, c.p.segments = nullptr, c.p.parallel_for = nullptr;
@@ -172,10 +181,11 @@ bool fill_call(MaskedAttentionCall& c, const MaskedAttentionParams& p) {
   return true;
 }
 
-MaskGradient mask_gradient(const View& grad, const MaskedAttentionParams& p, const Slices& slices) {
-  MaskGradient g{};
+namespace {
+
+SummedGradient dense_gradient(const View& grad, const MaskedAttentionParams& p, const Slices& slices) {
+  SummedGradient g{grad, 0, 1, nullptr, 0};
   if (!grad.data) return g;
-  g.wanted = 1, g.elements = 1;
   const int64_t sizes[4] = {p.B, p.H, p.Lq, p.Lk};
   for (int axis = 0; axis < 4; ++axis)
     if (grad.stride[axis]) g.elements *= sizes[axis];
@@ -183,39 +193,60 @@ MaskGradient mask_gradient(const View& grad, const MaskedAttentionParams& p, con
   return g;
 }
 
+// A factor's: a part of each unit that shares it, of each split, and of each block of rows where it has none.
+SummedGradient factor_gradient(const View& grad, int64_t row_elements, bool has_rows, const MaskedAttentionParams& p,
+                               const Slices& slices) {
+  SummedGradient g{grad, 0, row_elements, nullptr, 0};
+  if (!grad.data) return g;
+  const bool b = grad.stride[0] != 0, h = grad.stride[1] != 0;
+  g.elements *= (b ? p.B : 1) * (h ? p.H : 1);
+  const int64_t units = (slices.share_b || b ? 1 : p.B) * (slices.share_h || h ? 1 : p.H);
+  g.parts = static_cast<int>(units) * slices.splits * (has_rows ? 1 : slices.row_blocks);
+  return g;
+}
+
+void mask_gradients(SummedGradient (&sums)[kFactors], const View& dense, const Factors& f,
+                    const MaskedAttentionParams& p, const Slices& slices) {
+  sums[kColumns] = factor_gradient(f.columns, p.Lk * f.rank, false, p, slices);
+  sums[kOffset] = factor_gradient(f.offset, p.Lk, false, p, slices);
+  sums[kRowsOrDense] = f.rows.data ? factor_gradient(f.rows, p.Lq * f.rank, true, p, slices)
+                                   : dense_gradient(dense, p, slices);
+}
+
 // False: a block's tiles fit nowhere.
 bool plan_backward(MaskedAttentionCall& c, const Device& device) {
   const MaskedAttentionParams& p = c.p;
-  c.grad_out_aligned = aligned_rows(p.grad_out, element_bytes(p.query.dtype));
-  const bool gm = p.grad_multiplier.data, gb = p.grad_bias.data, gq = p.grad_query.data;
-  const bool gk = p.grad_key.data, gv = p.grad_value.data;
-  auto shared = [&](const View& grad, int axis) { return grad.stride[axis] == 0; };
-  bool apart = gm && gb && (shared(p.grad_multiplier, 0) != shared(p.grad_bias, 0) ||
-                            shared(p.grad_multiplier, 1) != shared(p.grad_bias, 1));
-  c.rows = row_layout(p, device, true, gm, gb && !apart);
-  if (c.rows.warps == 0 && gm && gb) c.rows = row_layout(p, device, true, true, false), apart = true;
+  const int size = element_bytes(p.query.dtype);
+  c.grad_out_aligned = aligned_rows(p.grad_out, size), c.near.grad_out_aligned = aligned_rows(c.near.grad_out, size);
+  const Factors &fm = p.grad_multiplier_factors, &fb = p.grad_bias_factors;
+  const bool two_maps = c.two_maps, gm = any_wanted(p.grad_multiplier, fm), gb = any_wanted(p.grad_bias, fb);
+  const bool gq = p.grad_query.data, gk = p.grad_key.data, gv = p.grad_value.data;
+  // a gradient of factors is folded with them: what they differ along counts as well
+  MaskAxes of_multiplier(p.grad_multiplier, fm), of_bias(p.grad_bias, fb);
+  of_multiplier.add(MaskAxes({}, p.multiplier_factors)), of_bias.add(MaskAxes({}, p.bias_factors));
+  bool apart = gm && gb && (of_multiplier.b != of_bias.b || of_multiplier.h != of_bias.h);
+  c.rows = row_layout(p, device, {two_maps, true, gm, gb && !apart});
+  if (c.rows.warps == 0 && gm && gb) c.rows = row_layout(p, device, {two_maps, true, true, false}), apart = true;
   if (apart) c.rows.grad_bias = c.rows.grad_multiplier;  // no block sums both
-  c.keys = key_layout(p, device);
+  c.keys = key_layout(p, device, two_maps);
   if (c.rows.warps == 0 || c.keys.warps == 0) return false;
   bool share_b, share_h;
   sharing_of_operands(p, share_b, share_h);
-  if (gm || gb) {
-    const View& grad = gm ? p.grad_multiplier : p.grad_bias;
-    share_b = shared(grad, 0), share_h = shared(grad, 1);
-  }
+  const MaskAxes& first = gm ? of_multiplier : of_bias;
+  if (gm || gb) share_b = !first.b, share_h = !first.h;
   c.group[0] = {slices_of(p, share_b, share_h, c.rows, device), gq, gm, gb && !apart, gk, gq || gm || gb};
   c.group[1] = {};
   if (!c.group[0].needs_keys && !gk) c.group[0].slices.blocks = 0;
   if (apart)
-    c.group[1] = {slices_of(p, shared(p.grad_bias, 0), shared(p.grad_bias, 1), c.rows, device), 0, 0, 1, 0, 1};
-  c.multiplier = mask_gradient(p.grad_multiplier, p, c.group[0].slices);
-  c.bias = mask_gradient(p.grad_bias, p, c.group[apart ? 1 : 0].slices);
+    c.group[1] = {slices_of(p, !of_bias.b, !of_bias.h, c.rows, device), 0, 0, 1, 0, 1};
+  mask_gradients(c.multiplier, p.grad_multiplier, fm, p, c.group[0].slices);
+  mask_gradients(c.bias, p.grad_bias, fb, p, c.group[apart ? 1 : 0].slices);
 
   c.key_slices = {};
   if (gk || gv) {
     Slices& s = c.key_slices;
-    const View& mask = p.multiplier.data ? p.multiplier : p.bias;
-    s.share_h = mask.data && mask.stride[0] == 0 && mask.stride[1] != 0;
+    const MaskAxes mask = leading_mask(p);
+    s.share_h = mask.there && !mask.b && mask.h;
     s.units = 1, s.members = static_cast<int>(p.B * p.Hkv);
     s.row_blocks = ceil_div(p.Lk, 16 * c.keys.warps);
     s.splits = splits_for(s.row_blocks, s.members, c.keys.bytes, device);
@@ -224,61 +255,89 @@ bool plan_backward(MaskedAttentionCall& c, const Device& device) {
   return true;
 }
 
-int64_t padded(int64_t floats) { return (floats + 63) / 64 * 64; }
-
 int64_t scratch_floats(const MaskedAttentionCall& c) {
-  int64_t floats = c.group[0].writes_shift ? padded(c.p.B * c.p.H * c.p.Lq) : 0;
-  for (const MaskGradient* g : {&c.multiplier, &c.bias})
-    if (g->parts > 1) floats += padded(g->parts * g->elements);
+  int64_t floats = c.group[0].writes_shift ? (1 + c.two_maps) * padded(c.p.B * c.p.H * c.p.Lq) : 0;
+  for (const auto* sums : {&c.multiplier, &c.bias})
+    for (const SummedGradient& g : *sums)
+      if (g.parts > 1) floats += padded(g.parts * g.elements);
   return floats;
 }
 
-template <int Width>
-const char* forward(const MaskedAttentionCall& c, void* stream) {
-  switch (c.p.query.dtype) {
-    case DType::f32:
-      return launch_forward<float, Width>(c, stream);
-    case DType::bf16:
-      return launch_forward<Bf16, Width>(c, stream);
-    default:
-      return launch_forward<Half, Width>(c, stream);
-  }
-}
-template <int Width>
-const char* backward(const MaskedAttentionCall& c, void* stream) {
-  switch (c.p.query.dtype) {
-    case DType::f32:
-      return launch_backward<float, Width>(c, stream);
-    case DType::bf16:
-      return launch_backward<Bf16, Width>(c, stream);
-    default:
-      return launch_backward<Half, Width>(c, stream);
-  }
+// Gives a launch its place in the scratch memory.
+void place_scratch(MaskedAttentionCall& c, float* free) {
+  const int64_t rows = padded(c.p.B * c.p.H * c.p.Lq);
+  if (c.group[0].writes_shift) c.shift = free, free += rows;
+  if (c.group[0].writes_shift && c.two_maps) c.near.shift = free, free += rows;
+  for (auto* sums : {&c.multiplier, &c.bias})
+    for (SummedGradient& g : *sums) {
+      if (g.parts <= 1) continue;
+      g.partial = free, free += padded(g.parts * g.elements);
+      g.reduction_blocks = ceil_div(g.elements, 32 * c.keys.warps);
+    }
 }
 
-constexpr const char* kNoRoom = "a block's tiles do not fit the shared memory of this GPU";
-constexpr const char* kTooMany = "the patterns do not fit a kernel's parameters";
+// What is launched, for each dtype and width.
+struct Forward {
+  template <class T, int Width>
+  static const char* run(const MaskedAttentionCall& c, void* stream) {
+    return c.two_maps ? launch_two_map_forward<T, Width>(c, stream) : launch_forward<T, Width>(c, stream);
+  }
+};
+struct Backward {
+  template <class T, int Width>
+  static const char* run(const MaskedAttentionCall& c, void* stream) {
+    return c.two_maps ? launch_two_map_backward<T, Width>(c, stream) : launch_backward<T, Width>(c, stream);
+  }
+};
+const char* plan_and_run_forward(MaskedAttentionCall& c, const Device& device, void* stream) {
+  c.rows = row_layout(c.p, device, {c.two_maps != 0, false, false, false});
+  if (c.rows.warps == 0) return kNoRoom;
+  bool share_b, share_h;
+  sharing_of_operands(c.p, share_b, share_h);
+  c.group[0].slices = slices_of(c.p, share_b, share_h, c.rows, device);
+  return run<Forward>(c.p, c, stream);
+}
+
+const char* plan_and_run_backward(MaskedAttentionCall& c, const Device& device, void* scratch, void* stream) {
+  if (!plan_backward(c, device)) return kNoRoom;
+  place_scratch(c, static_cast<float*>(scratch));
+  return run<Backward>(c.p, c, stream);
+}
+
+// The global half has the operands, the local one the pattern.
+bool fill_call(MaskedAttentionCall& c, const GlobalLocalAttentionParams& p) {
+  MaskedAttentionParams both = p;
+  both.n_patterns = p.local.n_patterns, both.patterns = p.local.patterns, both.segments = p.local.segments;
+  c.two_maps = 1, c.near = {p.local.out, p.local.lse, p.local.grad_out, 0, nullptr};
+  return fill_call(c, both);
+}
 
 }  // namespace
 
-Layout row_layout(const MaskedAttentionParams& p, const Device& device, bool backward, bool grad_multiplier,
-                  bool grad_bias) {
+Layout row_layout(const MaskedAttentionParams& p, const Device& device, const RowTiles& tiles) {
   // one chunk more than there are, so that the next head's first one is on its way
   const int stages = ceil_div(p.Lk, kChunk) + 1;
-  return largest(row_warps(p.Lq), stages, device, [&](int warps, int stages) {
-    return lay_out_rows(p, warps, stages, backward, grad_multiplier, grad_bias);
-  });
+  return largest(row_warps(p.Lq), stages, device,
+                 [&](int warps, int stages) { return lay_out_rows(p, warps, stages, tiles); });
 }
 
-Layout key_layout(const MaskedAttentionParams& p, const Device& device) {
-  return largest(row_warps(p.Lk), 2, device, [&](int warps, int stages) { return lay_out_keys(p, warps, stages); });
+Layout key_layout(const MaskedAttentionParams& p, const Device& device, bool two_maps) {
+  auto layout = [&](int mask_chunks) {
+    return largest(row_warps(p.Lk), 2, device,
+                   [&](int warps, int stages) { return lay_out_keys(p, warps, stages, two_maps, mask_chunks); });
+  };
+  // tiles of factors for all queries, fewer keys a block if need be: else they are built for every head
+  if (any_factors(p) && p.Lq <= kMaxKeys) {
+    const Layout l = layout(ceil_div(p.Lq, kChunk));
+    if (l.warps > 0) return l;
+  }
+  return layout(1);
 }
 
 const char* masked_attention_limits(const MaskedAttentionParams& p) {
   if (p.query.dtype == DType::f64) return "has no float64";
   if (p.Lk > kMaxKeys) return "serves at most 320 keys";
   if (p.D > kMaxHeadDim || p.Dv > kMaxHeadDim) return "serves head dims of at most 128";
-  if (p.multiplier_factors.rank > 0 || p.bias_factors.rank > 0) return "takes no low-rank mask";
   PatternSpec specs[kMaxSpecs];
   uint8_t heads[kMaxPatternHeads];
   const int n = collect_specs(p, specs, heads);
@@ -290,40 +349,46 @@ const char* masked_attention_limits(const MaskedAttentionParams& p) {
   return "";
 }
 
+namespace {
+
+// Of either op.
+template <class Params>
+int64_t bytes_of(const Params& p, const Device& device) {
+  MaskedAttentionCall c{};
+  return fill_call(c, p) && plan_backward(c, device) ? 4 * scratch_floats(c) : 0;
+}
+template <class Params>
+const char* forward_of(const Params& p, const Device& device, void* stream) {
+  MaskedAttentionCall c{};
+  return fill_call(c, p) ? plan_and_run_forward(c, device, stream) : kTooMany;
+}
+template <class Params>
+const char* backward_of(const Params& p, const Device& device, void* scratch, void* stream) {
+  MaskedAttentionCall c{};
+  return fill_call(c, p) ? plan_and_run_backward(c, device, scratch, stream) : kTooMany;
+}
+
+}  // namespace
+
 int64_t masked_attention_backward_bytes(const MaskedAttentionParams& p, const Device& device) {
-  MaskedAttentionCall c{};
-  if (!fill_call(c, p) || !plan_backward(c, device)) return 0;
-  return 4 * scratch_floats(c);
+  return bytes_of(p, device);
 }
-
 const char* masked_attention_forward(const MaskedAttentionParams& p, const Device& device, void* stream) {
-  MaskedAttentionCall c{};
-  if (!fill_call(c, p)) return kTooMany;
-  c.rows = row_layout(p, device, false, false, false);
-  if (c.rows.warps == 0) return kNoRoom;
-  bool share_b, share_h;
-  sharing_of_operands(p, share_b, share_h);
-  c.group[0].slices = slices_of(p, share_b, share_h, c.rows, device);
-  const int64_t width = p.D > p.Dv ? p.D : p.Dv;
-  return width <= 64 ? forward<64>(c, stream) : forward<128>(c, stream);
+  return forward_of(p, device, stream);
 }
-
 const char* masked_attention_backward(const MaskedAttentionParams& p, const Device& device, void* scratch,
                                       void* stream) {
-  MaskedAttentionCall c{};
-  if (!fill_call(c, p)) return kTooMany;
-  if (!plan_backward(c, device)) return kNoRoom;
-  float* free = static_cast<float*>(scratch);
-  if (c.group[0].writes_shift) c.shift = free, free += padded(p.B * p.H * p.Lq);
-  MaskGradient* const gradients[2] = {&c.multiplier, &c.bias};
-  for (int k = 0; k < 2; ++k) {
-    MaskGradient& g = *gradients[k];
-    if (g.parts <= 1) continue;
-    g.partial = free, free += padded(g.parts * g.elements);
-    c.reduction_blocks[k] = ceil_div(g.elements, 32 * c.keys.warps);
-  }
-  const int64_t width = p.D > p.Dv ? p.D : p.Dv;
-  return width <= 64 ? backward<64>(c, stream) : backward<128>(c, stream);
+  return backward_of(p, device, scratch, stream);
+}
+int64_t global_local_attention_backward_bytes(const GlobalLocalAttentionParams& p, const Device& device) {
+  return bytes_of(p, device);
+}
+const char* global_local_attention_forward(const GlobalLocalAttentionParams& p, const Device& device, void* stream) {
+  return forward_of(p, device, stream);
+}
+const char* global_local_attention_backward(const GlobalLocalAttentionParams& p, const Device& device, void* scratch,
+                                            void* stream) {
+  return backward_of(p, device, scratch, stream);
 }
 
 }  // namespace cuda

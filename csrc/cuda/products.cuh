@@ -117,6 +117,44 @@ struct Products<float> {
     }
   }
 
+  // o += A B: 16 rows of A, `depth` rows of B, a multiple of 4.
+  template <int N>
+  static __device__ __forceinline__ void multiply(float (&o)[N][4], const float* a, int a_pitch, const float* b,
+                                                  int b_pitch, int depth, int width, const Lane& lane) {
+    const float* row = a + lane.row * a_pitch;
+#pragma unroll 1
+    for (int k = 0; k < depth; k += 4) {
+      const float4 top = quad(row + k), bottom = quad(row + 8 * a_pitch + k);
+      const float tops[4] = {top.x, top.y, top.z, top.w}, bottoms[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
+#pragma unroll
+      for (int r = 0; r < 4; ++r) add_row(o, tops[r], bottoms[r], b + (k + r) * b_pitch, width, lane);
+    }
+  }
+  // o += A^T B: `depth` rows of A and B, 16 columns of A.
+  template <int N>
+  static __device__ __forceinline__ void multiply_transposed(float (&o)[N][4], const float* a, int a_pitch,
+                                                             const float* b, int b_pitch, int depth, int width,
+                                                             const Lane& lane) {
+#pragma unroll 4
+    for (int k = 0; k < depth; ++k) {
+      const float* column = a + k * a_pitch + lane.row;
+      add_row(o, ptx::shared_load(column), ptx::shared_load(column + 8), b + k * b_pitch, width, lane);
+    }
+  }
+  template <int N>
+  static __device__ __forceinline__ void add_row(float (&o)[N][4], float top, float bottom, const float* b, int width,
+                                                 const Lane& lane) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (n * 8 >= width) break;
+      const float2 x = ptx::shared_load(reinterpret_cast<const float2*>(b + lane.column + n * 8));
+      o[n][0] = fmaf(top, x.x, o[n][0]);
+      o[n][1] = fmaf(top, x.y, o[n][1]);
+      o[n][2] = fmaf(bottom, x.x, o[n][2]);
+      o[n][3] = fmaf(bottom, x.y, o[n][3]);
+    }
+  }
+
   // The warp's weights pass through shared memory: a lane needs those of all four lanes of its rows.
   template <int N, int K>
   static __device__ __forceinline__ void accumulate(float (&o)[N][4], const float (&s)[K][4], const float* b,
@@ -129,25 +167,7 @@ struct Products<float> {
       *reinterpret_cast<float2*>(mine + 8 * kPitch + n * 8) = make_float2(s[n][2], s[n][3]);
     }
     __syncwarp();
-    const float* row = weights + lane.row * kPitch;
-#pragma unroll 1
-    for (int k = 0; k < K * 8; k += 4) {
-      const float4 top = quad(row + k), bottom = quad(row + 8 * kPitch + k);
-      const float tops[4] = {top.x, top.y, top.z, top.w}, bottoms[4] = {bottom.x, bottom.y, bottom.z, bottom.w};
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float* b_row = b + (k + r) * b_pitch + lane.column;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          if (n * 8 >= width) break;
-          const float2 x = ptx::shared_load(reinterpret_cast<const float2*>(b_row + n * 8));
-          o[n][0] = fmaf(tops[r], x.x, o[n][0]);
-          o[n][1] = fmaf(tops[r], x.y, o[n][1]);
-          o[n][2] = fmaf(bottoms[r], x.x, o[n][2]);
-          o[n][3] = fmaf(bottoms[r], x.y, o[n][3]);
-        }
-      }
-    }
+    multiply(o, weights, kPitch, b, b_pitch, K * 8, width, lane);
     __syncwarp();  // the next product writes the weights again
   }
 };

@@ -1,6 +1,7 @@
 // What the forward kernel and the first backward kernel share: a block owns some rows (queries) and goes through its
 // (batch, head) pairs, and for each through the chunks of 64 keys that its rows can see.
 #pragma once
+#include "cuda/mask_tile.cuh"
 #include "cuda/ring.cuh"
 
 namespace lam {
@@ -41,7 +42,7 @@ struct RowWalk {
     if (slices.share_b) b = slices.share_h ? member / H : member, h = slices.share_h ? member % H : unit;
     else b = slices.share_h ? unit : unit / H, h = slices.share_h ? member : unit % H;
     begin_chunk = 0, end_chunk = (Lk + kChunk - 1) / kChunk;
-    if (const PatternSpec* spec = spec_of(c, h)) {  // every bound of a pattern grows with the row
+    if (const PatternSpec* spec = c.two_maps ? nullptr : spec_of(c, h)) {  // every bound of a pattern grows with the row
       const int start = static_cast<int>(row_range(*spec, first_row, Lq, Lk).start);
       const int stop = static_cast<int>(row_range(*spec, last_row, Lq, Lk).stop);
       if (start < stop) begin_chunk = start / kChunk, end_chunk = (stop + kChunk - 1) / kChunk;
@@ -61,6 +62,9 @@ struct RowWalk {
       if (l.grad_out >= 0)
         copy_rows(ring.rows(l.grad_out, l.value_pitch, member), l.value_pitch, p.grad_out, c.grad_out_aligned, b, h,
                   first_row, rows, Lq, Dv, ring.threads);
+      if (l.near_grad_out >= 0)
+        copy_rows(ring.rows(l.near_grad_out, l.value_pitch, member), l.value_pitch, c.near.grad_out,
+                  c.near.grad_out_aligned, b, h, first_row, rows, Lq, Dv, ring.threads);
     }
     copy_rows(ring.chunk(l.key, l.row_pitch, ring.issued), l.row_pitch, p.key, c.key_aligned, b, key_head,
               chunk * kChunk, kChunk, Lk, D, ring.threads);
@@ -68,6 +72,19 @@ struct RowWalk {
               chunk * kChunk, kChunk, Lk, Dv, ring.threads);
   }
 };
+
+// A lane's pairs of 32 N keys from word `first` on, rows `row` and `row` + 8: bit_of. No bits or no keys: all.
+template <int N>
+__device__ __forceinline__ void bits_of_rows(const uint32_t* bits, const uint32_t* keys, int words, int row, int first,
+                                             int column, uint32_t (&out)[2][N]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const uint32_t word = bits ? bits[(row + 8 * half) * words + first + k] : ~0u;
+      out[half][k] = (keys ? word & keys[first + k] : word) >> column;
+    }
+}
 
 // Mask tiles and visibility bits of the block's rows and all keys, loaded when the pair that comes needs others.
 struct RowMasks {
@@ -79,8 +96,8 @@ struct RowMasks {
 
   __device__ __forceinline__ RowMasks(const MaskedAttentionCall& call, unsigned char* memory)
       : c(call),
-        multiplier(memory, call.rows.multiplier, call.p.multiplier, call.rows.tile_pitch),
-        bias(memory, call.rows.bias, call.p.bias, call.rows.tile_pitch),
+        multiplier(memory, call.rows, call.rows.multiplier, call.p.multiplier, call.p.multiplier_factors),
+        bias(memory, call.rows, call.rows.bias, call.p.bias, call.p.bias_factors),
         visible(at<uint32_t>(memory, call.rows.visible)),
         kept(call.rows.kept < 0 ? nullptr : at<uint32_t>(memory, call.rows.kept)),
         key_visible(at<uint32_t>(memory, call.rows.key_visible)),
@@ -89,16 +106,9 @@ struct RowMasks {
   __device__ __forceinline__ void load(const RowWalk& now, const Threads& threads) {
     const MaskedAttentionParams& p = c.p;
     const int rows = 16 * c.rows.warps, columns = c.rows.chunks * kChunk, i = now.first_row;
-    const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk), H = static_cast<int>(p.H);
-    bool loads = false;
-    if (!multiplier.holds(p.multiplier, now.b, now.h, i, 0)) {
-      multiplier.load(p.multiplier, now.b, now.h, i, rows, Lq, 0, columns, Lk, false, threads);
-      loads = true;
-    }
-    if (!bias.holds(p.bias, now.b, now.h, i, 0)) {
-      bias.load(p.bias, now.b, now.h, i, rows, Lq, 0, columns, Lk, p.gate, threads);
-      loads = true;
-    }
+    const int H = static_cast<int>(p.H);
+    bool loads = multiplier.bring(p, now.b, now.h, i, rows, 0, columns, false, threads);
+    loads |= bias.bring(p, now.b, now.h, i, rows, 0, columns, p.gate, threads);
     const int visible_by = (c.visible_by_b ? now.b * H : 0) + (c.visible_by_h ? now.h : 0);
     if (visible_of != visible_by) {
       load_visible(visible, c, now.b, now.h, i, rows, 0, words, threads);
@@ -115,45 +125,36 @@ struct RowMasks {
     }
     if (loads) __syncthreads();
   }
-  // The lane's pairs of a chunk, rows `row` and `row` + 8: bit_of.
-  __device__ __forceinline__ void bits_of(const uint32_t* bits, const uint32_t* keys, int row, int chunk, int column,
-                                          uint32_t (&out)[2][2]) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t word = bits[(row + 8 * half) * words + 2 * chunk + k];
-        out[half][k] = (keys ? word & keys[2 * chunk + k] : word) >> column;
-      }
+  template <int N>
+  __device__ __forceinline__ void bits_of(const uint32_t* bits, const uint32_t* keys, int row, int first, int column,
+                                          uint32_t (&out)[2][N]) const {
+    bits_of_rows(bits, keys, words, row, first, column, out);
   }
 };
 
-__device__ __forceinline__ bool bit_of(const uint32_t (&words)[2][2], int n, int e) {
+template <int N>
+__device__ __forceinline__ bool bit_of(const uint32_t (&words)[2][N], int n, int e) {
   return words[e >> 1][n >> 2] >> (8 * (n & 3) + (e & 1)) & 1;
 }
-
-__device__ __forceinline__ float max_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float sum_of_row(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
+template <int N>
+__device__ __forceinline__ bool any_bit(const uint32_t (&words)[2][N]) {  // of the warp
+  uint32_t all = 0;
+#pragma unroll
+  for (int k = 0; k < N; ++k) all |= words[0][k] | words[1][k];
+  return __any_sync(~0u, all != 0);
 }
 
-// Exact where the difference is: at large scores a product with log2(e) that comes first would cost the weight.
-__device__ __forceinline__ float exp_of_difference(float x, float y) { return exp2f((x - y) * kLog2e); }
-
-// A warp's 16 rows of a contiguous result, times a factor a row.
+// A warp's 16 rows of a contiguous result of one (batch, head) pair, times a factor a row.
 template <class T, int N>
-__device__ __forceinline__ void store_rows(const float (&o)[N][4], float top, float bottom, T* out, int64_t row_stride,
-                                           int row, int L, int width, const Lane& lane) {
+__device__ __forceinline__ void store_rows(const float (&o)[N][4], float top, float bottom, const View& to_all, int b,
+                                           int h, int row, int64_t L, int width, const Lane& lane) {
+  T* out = static_cast<T*>(to_all.data) + b * to_all.stride[0] + h * to_all.stride[1];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int i = row + lane.row + 8 * half;
     if (i >= L) continue;
     const float factor = half ? bottom : top;
-    T* to = out + i * row_stride;
+    T* to = out + i * to_all.stride[2];
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int column = n * 8 + lane.column;

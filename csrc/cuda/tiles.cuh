@@ -1,4 +1,4 @@
-// What a block brings into shared memory: rows of query, key and value, mask tiles, visibility as bits.
+// What a block brings into shared memory: rows of query, key and value, visibility and dropout as bits.
 #pragma once
 #include "cuda/masked_attention.h"
 #include "cuda/products.cuh"
@@ -66,45 +66,20 @@ __device__ __forceinline__ float load_mask_value(const View& v, int64_t offset) 
   }
 }
 
-// A tile of a learned mask in fp32. One row where the mask has one (pitch 0), one pair of equal columns where it has
-// one column (column_mask 0). A gate's tile holds log M, so that it is a bias to all that follows.
-struct MaskTile {
-  float* data;
-  int pitch, column_mask;
-  int64_t loaded;  // offset of what it holds
+__device__ __forceinline__ void store_mask_value(const View& v, int64_t offset, float value) {
+  switch (v.dtype) {
+    case DType::bf16: static_cast<__nv_bfloat16*>(v.data)[offset] = from_float<__nv_bfloat16>(value); return;
+    case DType::f16: static_cast<__half*>(v.data)[offset] = from_float<__half>(value); return;
+    default: static_cast<float*>(v.data)[offset] = value;
+  }
+}
 
-  __device__ __forceinline__ MaskTile(unsigned char* memory, int offset, const View& v, int tile_pitch)
-      : data(offset < 0 ? nullptr : at<float>(memory, offset)),
-        pitch(v.stride[2] == 0 ? 0 : v.stride[3] == 0 ? 8 : tile_pitch),
-        column_mask(v.stride[3] == 0 ? 0 : ~0),
-        loaded(-1) {}
-  __device__ __forceinline__ bool holds(const View& v, int64_t b, int64_t h, int i, int j) const {
-    return !data || loaded == b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
-  }
-  __device__ __forceinline__ void load(const View& v, int64_t b, int64_t h, int i, int rows, int Lq, int j, int columns,
-                                       int Lk, bool logarithm, const Threads& threads) {
-    const int64_t base = b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
-    loaded = base;
-    if (pitch == 0) rows = 1;
-    if (column_mask == 0) columns = 2;
-    for (int k = threads.id; k < rows * columns; k += threads.count) {
-      const int r = k / columns, c = k - r * columns;
-      float value = 0.f;
-      if ((i + r < Lq || pitch == 0) && (column_mask == 0 || j + c < Lk)) {
-        value = load_mask_value(v, base + r * v.stride[2] + c * v.stride[3]);
-        if (logarithm) value = value == 0.f ? -kInfinity : logf(value);
-      }
-      data[r * pitch + c] = value;
-    }
-  }
-  // Columns `column` and `column + 1`, column even.
-  __device__ __forceinline__ float2 pair(int row, int column) const {
-    return ptx::shared_load(reinterpret_cast<const float2*>(data + row * pitch + (column & column_mask)));
-  }
-  __device__ __forceinline__ float one(int row, int column) const {
-    return ptx::shared_load(data + row * pitch + (column & column_mask));
-  }
-};
+__device__ __forceinline__ void add_to_tile(float* to, float x) { ptx::shared_store(to, ptx::shared_load(to) + x); }
+__device__ __forceinline__ void add_to_tile(float* to, float x, float y) {
+  float2* sum = reinterpret_cast<float2*>(to);
+  const float2 old = ptx::shared_load(sum);
+  ptx::shared_store(sum, make_float2(old.x + x, old.y + y));
+}
 
 // ---- visibility: one bit a pair, a word for 32 keys
 
@@ -157,7 +132,7 @@ __device__ __forceinline__ void load_key_visible(uint32_t* bits, const MaskedAtt
   const View& mask = c.p.key_mask;
   for (int w = threads.warp; w < words; w += threads.count / 32) {
     const int j = j0 + w * 32 + threads.id % 32;
-    const bool seen = !mask.data || (j < c.p.Lk && static_cast<const uint8_t*>(
+    const bool seen = j < c.p.Lk && (!mask.data || static_cast<const uint8_t*>(
                                                        mask.data)[b * mask.stride[0] + j * mask.stride[3]] != 0);
     const uint32_t word = __ballot_sync(~0u, seen);
     if (threads.id % 32 == 0) bits[w] = word;

@@ -6,14 +6,17 @@ compiled for the CPU by `make emulation` (docs/emulation.md). A process has one 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..patterns import spec_terms, specs
 from . import _native
+from ._sources import emulation_stamp
 
 # csrc/cuda/masked_attention.h has the same numbers; tests/cuda/test_dispatch.py compares them
 MAX_KEYS = 320
@@ -56,6 +59,19 @@ def unavailable() -> str:
         torch.ops.load_library(str(library))
     except OSError as error:
         return f"{name} is broken ({error}): build it again"
+    return _stale(library) if emulated() else ""
+
+
+def _stale(library: Path) -> str:
+    """Why the emulated kernels are not those of the sources beside them, "" when they are."""
+    try:
+        stamp = ctypes.CDLL(str(library)).lam_emulation_stamp
+    except AttributeError:
+        return f"{library.name} is older than its sources: run `make emulation`"
+    stamp.restype = ctypes.c_char_p
+    sources = emulation_stamp(_native._PACKAGE.parent)
+    if sources and stamp().decode() != sources:
+        return f"{library.name} and its sources in csrc differ: run `make emulation`"
     return ""
 
 
@@ -105,14 +121,30 @@ def masked_attention_limits(
     bias_offset, attn_mask, key_mask, segment_ids, rng_state, pattern, *settings,
 ) -> list[str]:  # fmt: skip
     """Service.limits of masked_attention."""
+    return _common_limits(query, key, value, segment_ids, pattern)
+
+
+def global_local_attention_limits(
+    query, key, value, multiplier, bias, key_mask, segment_ids, pattern, scale
+) -> list[str]:
+    """Service.limits of global_local_attention."""
+    return _common_limits(query, key, value, segment_ids, pattern)
+
+
+def map_gated_attention_limits(
+    query, key, value, gate_global, gate_local, key_mask, segment_ids, pattern, scale, renormalise
+) -> list[str]:
+    """Service.limits of map_gated_attention."""
+    return _common_limits(query, key, value, segment_ids, pattern)
+
+
+def _common_limits(query, key, value, segment_ids, pattern) -> list[str]:
     found = []
     D, Dv, Lk = query.shape[3], value.shape[3], key.shape[2]
     if Lk > MAX_KEYS:
         found.append(f"serves at most {MAX_KEYS} keys, there are {Lk}")
     if max(D, Dv) > MAX_HEAD_DIM:
         found.append(f"serves head dims of at most {MAX_HEAD_DIM}, these are {D} and {Dv}")
-    if multiplier_columns is not None or bias_columns is not None:
-        found.append("takes no LowRankMask: pass its .dense()")
     if pattern:
         each = [tuple(map(tuple, spec_terms(spec))) for spec in specs(pattern)]
         if len(each) > MAX_PATTERN_HEADS or len(set(each)) > MAX_PATTERNS:

@@ -15,9 +15,11 @@ from ..patterns import Pattern, encode
 from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
+from ._cuda import global_local_attention_limits
 from ._flops import pair_count
 from ._registration import (
     cpu_service,
+    cuda_service,
     gradients_like,
     reference_service,
     register,
@@ -138,6 +140,7 @@ KERNELS = Services(
     "global_local_attention",
     {
         "cpu": cpu_service("global_local_attention"),
+        "cuda": cuda_service("global_local_attention", global_local_attention_limits),
         "triton": triton_service("global_local_attention"),
         "reference": reference_service("global_local_attention"),
     },

@@ -15,9 +15,11 @@ from ..patterns import Pattern, encode
 from . import _backends, _checks
 from ._autograd import differentiable
 from ._backends import Explanation, Services
+from ._cuda import map_gated_attention_limits
 from ._flops import pair_count
 from ._registration import (
     cpu_service,
+    cuda_service,
     gradients_like,
     reference_service,
     register,
@@ -160,6 +162,7 @@ KERNELS = Services(
     "map_gated_attention",
     {
         "cpu": cpu_service("map_gated_attention"),
+        "cuda": cuda_service("map_gated_attention", map_gated_attention_limits),
         "triton": triton_service("map_gated_attention"),
         "reference": reference_service("map_gated_attention"),
     },

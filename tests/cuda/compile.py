@@ -71,9 +71,9 @@ def build(name: str, units: dict[str, tuple[str, list[str]]], flags: list[str]) 
     return out / "program"
 
 
-def kernel_units(dtypes: tuple[str, ...]) -> dict[str, tuple[str, list[str]]]:
-    """The emulated kernels of some dtypes."""
+def kernel_units(dtypes: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, list[str]]]:
+    """The emulated kernels of some ops: op -> dtypes."""
     own = setup_py()["EMULATION"]
-    names = ["device", *(f"masked_attention_{dtype}" for dtype in dtypes)]
+    names = ["device", *(f"{op}_{dtype}" for op, listed in dtypes.items() for dtype in listed)]
     units = {name: (f"csrc/cuda/{name}.cu", own) for name in names}
-    return units | {"plan": ("csrc/cuda/plan.cpp", [])}
+    return units | {name: (f"csrc/cuda/{name}.cpp", []) for name in setup_py()["CUDA_PLANS"]}

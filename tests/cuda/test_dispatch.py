@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ import torch
 from compile import ROOT
 
 import lam_kernels
-from lam_kernels.ops import _backends, _cuda
+from lam_kernels.ops import _backends, _cuda, _native
+from lam_kernels.ops._sources import emulation_stamp
 from lam_kernels.ops.masked_attention import KERNELS
 from lam_kernels.patterns import Segments, Toeplitz
 
@@ -48,8 +50,6 @@ def test_each_limit_is_named():
     each = [Toeplitz(radius) for radius in range(17)]
     assert "at most 16 different patterns" in reasons(*operands(H=17), pattern=each)
     assert reasons(*operands(H=17), pattern=[Toeplitz(k % 16) for k in range(17)]).count("16") == 0
-    low_rank = lam_kernels.LowRankMask(torch.randn(1, 1, 20, 2), torch.randn(1, 1, 33, 2))
-    assert "takes no LowRankMask" in reasons(*operands(), bias=low_rank)
     ids = [torch.zeros(1, 20), torch.zeros(1, 33)]
     many = [Segments(*(n + t.long() for t in ids)) for n in range(5)]
     assert "at most 4 different Segments, there are 5" in reasons(*operands(H=5), pattern=many)
@@ -79,6 +79,29 @@ def test_without_gpu_and_emulation_backends_says_why():
     assert done.returncode == 0, done.stderr
     if not torch.cuda.is_available():
         assert re.search(r"not built \(.*not a CUDA build|torch sees no GPU", done.stdout)
+
+
+@pytest.mark.backend("cuda")
+def test_emulated_kernels_of_other_sources_are_refused(monkeypatch):
+    if not _cuda.emulated():
+        pytest.skip("the kernels run on a GPU here")
+    library = _native._PACKAGE / f"_cuda_emulation{_native._SUFFIX}"
+    assert _cuda._stale(library) == ""
+    monkeypatch.setattr(_cuda, "emulation_stamp", lambda root: "another")
+    assert "its sources in csrc differ: run `make emulation`" in _cuda._stale(library)
+    monkeypatch.setattr(_cuda, "emulation_stamp", lambda root: "")  # installed, without sources
+    assert _cuda._stale(library) == ""
+
+
+def test_the_stamp_changes_with_every_source(tmp_path):
+    assert emulation_stamp(tmp_path) == ""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    before = emulation_stamp(tmp_path)
+    assert before == emulation_stamp(ROOT)
+    for name in ("lam.h", "cuda/plan.cpp", "emulation/fibers.h", "bind_cuda.h"):
+        (tmp_path / "csrc" / name).write_text("other")
+        before, last = emulation_stamp(tmp_path), before
+        assert before != last, name
 
 
 def on_gpu(monkeypatch):

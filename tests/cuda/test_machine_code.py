@@ -5,6 +5,7 @@ instructions and 16-byte accesses; and that the GPU library links and loads in a
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -16,7 +17,15 @@ from compile import ROOT, ninja, setup_py
 
 ARCHS = ("80", "90", "100")
 DTYPES = ("bf16", "f16", "f32")
-KERNELS = ("forward_kernel", "row_gradient_kernel", "key_gradient_kernel")
+KERNELS = {
+    "masked_attention": ("forward_kernel", "row_gradient_kernel", "key_gradient_kernel"),
+    "global_local_attention": (
+        "two_map_forward_kernel",
+        "two_map_row_kernel",
+        "two_map_key_kernel",
+    ),
+    "map_gated_attention": ("map_gated_forward_kernel", "map_gated_backward_kernel"),
+}
 WIDTHS = (64, 128)
 # two blocks of 4 warps share a processor's 64 Ki registers
 MOST_REGISTERS = 255
@@ -61,8 +70,8 @@ def tool(library) -> str:
 def resources(library, tool) -> dict:
     """(arch, dtype, kernel, width) -> {"REG": ..., "STACK": ..., ...}."""
     found = {}
-    for dtype in DTYPES:
-        path = library.parent / "_cuda" / "gpu" / f"masked_attention_{dtype}.o"
+    for op, dtype in itertools.product(KERNELS, DTYPES):
+        path = library.parent / "_cuda" / "gpu" / f"{op}_{dtype}.o"
         text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
         arch = None
         for line in text.splitlines():
@@ -71,7 +80,7 @@ def resources(library, tool) -> dict:
             if match := re.search(r"Function (\S+):", line):
                 name = match[1]
             elif "REG:" in line:
-                kernel = next((k for k in KERNELS if k in name), None)
+                kernel = next((k for k in KERNELS[op] if k in name), None)
                 width = re.search(r"Li(\d+)E", name)
                 usage = {k: int(v) for k, v in re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", line)}
                 if kernel:
@@ -80,7 +89,13 @@ def resources(library, tool) -> dict:
 
 
 def test_every_kernel_is_there(resources):
-    wanted = {(a, d, k, w) for a in ARCHS for d in DTYPES for k in KERNELS for w in WIDTHS}
+    wanted = {
+        (a, d, k, w)
+        for a in ARCHS
+        for d in DTYPES
+        for k in itertools.chain(*KERNELS.values())
+        for w in WIDTHS
+    }
     assert set(resources) == wanted
 
 
@@ -92,30 +107,31 @@ def test_registers_and_spills(resources):
 
 
 @pytest.fixture(scope="module")
-def listings(library, tool) -> dict[str, str]:
-    """dtype -> the machine code of its kernels for sm_90."""
+def listings(library, tool) -> dict[tuple[str, str], str]:
+    """(op, dtype) -> the machine code of its kernels for sm_90."""
     found = {}
-    for dtype in DTYPES:
-        path = library.parent / "_cuda" / "gpu" / f"masked_attention_{dtype}.o"
+    for op, dtype in itertools.product(KERNELS, DTYPES):
+        path = library.parent / "_cuda" / "gpu" / f"{op}_{dtype}.o"
         command = [tool, "-sass", "-arch", "sm_90", path]
         done = subprocess.run(command, capture_output=True, text=True)
-        found[dtype] = done.stdout
+        found[op, dtype] = done.stdout
     return found
 
 
-def functions(listing: str) -> dict[tuple[str, int], str]:
+def functions(op: str, listing: str) -> dict[tuple[str, int], str]:
     parts = re.split(r"Function : (\S+)", listing)
     found = {}
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
-        kernel = next((k for k in KERNELS if k in name), None)
+        kernel = next((k for k in KERNELS[op] if k in name), None)
         if kernel:
             found[kernel, int(re.search(r"Li(\d+)E", name)[1])] = body
     return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_instructions(listings, dtype):
-    for what, body in functions(listings[dtype]).items():
+@pytest.mark.parametrize("op", KERNELS)
+def test_instructions(listings, op, dtype):
+    for what, body in functions(op, listings[op, dtype]).items():
         matrix = {"bf16": r"HMMA\.16816\.F32\.BF16", "f16": r"HMMA\.16816\.F32\b", "f32": None}[
             dtype
         ]

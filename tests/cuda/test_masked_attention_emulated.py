@@ -5,13 +5,10 @@ other GPUs would lead to. Accuracy over hundreds of problems: tests/ops, backend
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from problems import check, evaluate
 
-from lam_kernels.ops import _cuda, _native
 from python_ref.inputs import Problem
 
 pytestmark = pytest.mark.backend("cuda")
@@ -19,108 +16,129 @@ pytestmark = pytest.mark.backend("cuda")
 SM_80, SM_90 = 166912, 232448  # bytes of shared memory that a block may have
 DTYPES = ("float32", "bfloat16", "float16")
 LOCAL = Problem(B=2, H=3, Lq=100, Lk=130, D=24, Dv=40, multiplier="b1qk", bias="1hqk")
+FACTORS = {"multiplier": "rank 20: b1 11 11", "bias": "rank 3: 1h b1"}
 
 
-@pytest.fixture(scope="module")
-def library():
-    if not _cuda.emulated():
-        pytest.skip("the kernels run on a GPU here")
-    return ctypes.CDLL(str(_native._PACKAGE / f"_cuda_emulation{_native._SUFFIX}"))
-
-
-@pytest.fixture(autouse=True)
-def defaults(library):
-    yield
-    library.lam_emulation_device(4, SM_90)
-    library.lam_emulation_schedule(ctypes.c_uint64(1), 0)
-    library.lam_emulation_count_banks(0)
-
-
-def counter(library, name: str) -> int:
-    library.lam_emulation_counter.restype = ctypes.c_uint64
-    return library.lam_emulation_counter(name.encode())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_order_of_threads_changes_no_bit(library, dtype):
-    problem = LOCAL.but(dtype=dtype, key_mask=True, dropout_p=0.2, lse_grad=True)
+@pytest.mark.parametrize("case", [*DTYPES, "factors"])
+def test_the_order_of_threads_changes_no_bit(emulation, case):
+    changes = FACTORS | {"dtype": "bfloat16"} if case == "factors" else {"dtype": case}
+    problem = LOCAL.but(key_mask=True, dropout_p=0.2, lse_grad=True, **changes)
     first = evaluate(problem, "cuda")
     for seed, order in ((7, 0), (1, 1), (1, 2)):
-        library.lam_emulation_schedule(ctypes.c_uint64(seed), order)
+        emulation.schedule(seed, order)
         for name, tensor in evaluate(problem, "cuda").items():
             assert torch.equal(tensor, first[name]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("processors", [1, 3, 200])
-def test_slices_of_every_size(library, dtype, processors):
+def test_slices_of_every_size(emulation, dtype, processors):
     """One block for all pairs of a mask tile, a few, one a pair: the second-stage sum or none."""
-    library.lam_emulation_device(processors, SM_90)
+    emulation.device(processors, SM_90)
     for axes in (("b1qk", "1hqk"), ("11qk", "11qk"), ("1h1k", "b1q1"), ("1h11", "1111")):
         problem = Problem(B=3, H=4, Lq=70, D=16, multiplier=axes[0], bias=axes[1], dtype=dtype)
         check(problem, "cuda")
 
 
+@pytest.mark.parametrize("processors", [1, 200])
+def test_slices_of_factors(emulation, processors):
+    """A factor that units, splits and blocks of rows share is summed in parts; or in one."""
+    emulation.device(processors)
+    for masks in (FACTORS, {"multiplier": "rank 5: 11 11 11", "bias": "rank 17: bh 11 1h"}):
+        check(Problem(B=3, H=4, Lq=70, D=16, **masks, dtype="bfloat16"), "cuda")
+
+
+def test_a_tile_of_factors_is_built_once_for_all_heads(emulation):
+    """Two heads more cost the same shared-memory accesses whatever the rank is, in all launches."""
+    emulation.device(1)
+    more = []
+    for rank in (16, 64):
+        counts = []
+        for H in (2, 4):
+            emulation.count(banks=True)
+            mask = f"rank {rank}: 11 11 11"
+            evaluate(Problem(B=1, H=H, Lq=70, D=16, multiplier=mask, dtype="bfloat16"), "cuda")
+            counts.append(emulation.counted("shared_accesses"))
+        more.append(counts[1] - counts[0])
+    assert more[0] == more[1] > 0
+
+
+@pytest.mark.parametrize("Lq", [20, 330])
+def test_largest_factors_fit_every_gpu(emulation, Lq):
+    """Beyond 320 queries the second launch builds its tiles chunk by chunk."""
+    emulation.device(2, SM_80)
+    check(Problem(B=1, H=2, Lq=Lq, Lk=320, D=128, **FACTORS, dtype="float32"), "cuda")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bank_conflicts_of_factors(emulation, dtype):
+    emulation.count(banks=True)
+    evaluate(Problem(B=1, H=2, Lq=70, D=24, dtype=dtype, **FACTORS), "cuda")
+    assert emulation.counted("launches") == 3
+    assert emulation.counted("ldmatrix_conflicts") == 0
+    assert emulation.counted("shared_conflicts") == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared_bytes", [SM_80, SM_90])
-def test_largest_problem_fits_every_gpu(library, dtype, shared_bytes):
+def test_largest_problem_fits_every_gpu(emulation, dtype, shared_bytes):
     """320 keys, head dims of 128, two masks with gradients: fewer rows a block, nothing refused."""
-    library.lam_emulation_device(2, shared_bytes)
+    emulation.device(2, shared_bytes)
     masks = {"multiplier": "11qk", "bias": "11qk", "multiplier_dtype": "float32"}
     check(Problem(B=1, H=2, Lq=20, Lk=320, D=128, dtype=dtype, **masks), "cuda")
 
 
-def test_a_gpu_with_too_little_shared_memory_says_so(library):
-    library.lam_emulation_device(2, 40000)
+def test_a_gpu_with_too_little_shared_memory_says_so(emulation):
+    emulation.device(2, 40000)
     problem = Problem(B=1, H=1, Lq=20, Lk=320, D=128, multiplier="11qk")
     with pytest.raises(RuntimeError, match="do not fit the shared memory of this GPU"):
         evaluate(problem, "cuda")
 
 
 @pytest.mark.parametrize("grads", ["qkvmb", "kv", "v", "mb", "q"])
-def test_launches(library, grads):
+def test_launches(emulation, grads):
     problem = LOCAL.but(grads=grads)
-    library.lam_emulation_count_banks(0)
+    emulation.count()
     evaluate(problem.but(grads=""), "cuda")
-    assert counter(library, "launches") == 1
-    library.lam_emulation_count_banks(0)
+    assert emulation.counted("launches") == 1
+    emulation.count()
     evaluate(problem, "cuda")
-    assert counter(library, "launches") <= 3
+    assert emulation.counted("launches") <= 3
 
 
-def test_matrix_instructions(library):
+def test_matrix_instructions(emulation):
     """As many as the formulas need, rounded up to tiles: 16 rows x 8 columns x 16 deep each."""
     problem = Problem(B=1, H=2, Lq=64, D=64, dtype="bfloat16", multiplier="11qk")
-    library.lam_emulation_count_banks(0)
+    emulation.count()
     evaluate(problem.but(grads=""), "cuda")
     one_product = 2 * (64 // 16) * (64 // 8) * (64 // 16)
-    assert counter(library, "mma") == 2 * one_product
-    library.lam_emulation_count_banks(0)
+    assert emulation.counted("mma") == 2 * one_product
+    emulation.count()
     evaluate(problem, "cuda")
     # forward 2; rows: scores, dP, dQ; keys: scores, dV, dP, dK
-    assert counter(library, "mma") == (2 + 3 + 4) * one_product
-    library.lam_emulation_count_banks(0)
+    assert emulation.counted("mma") == (2 + 3 + 4) * one_product
+    emulation.count()
     evaluate(problem.but(dtype="float32"), "cuda")
-    assert counter(library, "mma") == 0
+    assert emulation.counted("mma") == 0
 
 
-def test_a_pattern_skips_what_it_hides(library):
+def test_a_pattern_skips_what_it_hides(emulation):
     """Half of the 64 x 64 tiles of a narrow band over 256 keys hold nothing."""
     counts = []
     for pattern in (None, "Toeplitz(20)"):
-        library.lam_emulation_count_banks(0)
+        emulation.count()
         evaluate(Problem(B=1, H=1, Lq=256, D=32, dtype="bfloat16", pattern=pattern), "cuda")
-        counts.append(counter(library, "mma"))
+        counts.append(emulation.counted("mma"))
     assert counts[1] < 0.65 * counts[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [16, 24, 32, 64, 128])
-def test_bank_conflicts(library, dtype, D):
+def test_bank_conflicts(emulation, dtype, D):
     """None in matrix loads, in the exact fp32 products and in the mask tiles."""
-    library.lam_emulation_count_banks(1)
+    emulation.count(banks=True)
     evaluate(Problem(B=1, H=2, Lq=70, D=D, dtype=dtype, multiplier="11qk", bias="11qk"), "cuda")
-    assert counter(library, "shared_accesses") > 0
-    assert (counter(library, "ldmatrix") > 0) == (dtype != "float32")
-    assert counter(library, "ldmatrix_conflicts") == 0
-    assert counter(library, "shared_conflicts") == 0
+    assert emulation.counted("shared_accesses") > 0
+    assert (emulation.counted("ldmatrix") > 0) == (dtype != "float32")
+    assert emulation.counted("ldmatrix_conflicts") == 0
+    assert emulation.counted("shared_conflicts") == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import BY_NAME, largest_dtype, repeats
+from backends import BY_NAME, repeats, widest
 from problems import HEAD_DIMS, check, evaluate, random_low_rank_problem
 from test_masked_attention import PATTERNS
 from tolerance import assert_accurate
@@ -153,7 +153,7 @@ def test_factors_of_three_dtypes(backend):
 @pytest.mark.parametrize("use", ["multiplier", "bias"])
 def test_is_its_dense_form(use, backend):
     """The factors' gradients are those that autograd gives through .dense()."""
-    dtype = largest_dtype(backend)
+    dtype = widest(backend)
     p = Problem(B=3, Lq=65, **{use: "rank 5: b1 1h 11"}, lse_grad=True, dtype=dtype)
     one = evaluate(p, backend)
     o = p.operands()

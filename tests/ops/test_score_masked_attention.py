@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from backends import BY_NAME, largest_dtype, repeats
+from backends import BY_NAME, repeats, widest
 from score_networks import Case, Drawn, assert_accurate, case, check, evaluate, random_case
 
 import lam_kernels
@@ -96,7 +96,7 @@ def test_random_cases(first, backend):
 @pytest.mark.parametrize("fusion", ["mul", "add"])
 def test_a_constant_network_is_plain_attention(fusion, backend):
     """Last weight 0: M is the last bias, whatever the scores (the identity start of the LAM)."""
-    dtype = largest_dtype(backend)
+    dtype = widest(backend)
     drawn = Drawn(case(Lq=33, Lk=20, fusion=fusion, dtype=dtype, key_mask=True))
     o, (*_, last), (*_, bias) = drawn.operands, drawn.weights, drawn.biases
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_more_keys_are_composed(fusion, heads, backend):
 
 
 def test_batch_mates(backend):
-    drawn = Drawn(case(B=3, Lq=20, Lk=20, dtype=largest_dtype(backend), key_mask=True))
+    drawn = Drawn(case(B=3, Lq=20, Lk=20, dtype=widest(backend), key_mask=True))
     o = drawn.operands
     everyone = drawn.call(backend=backend)
     for b in range(3):

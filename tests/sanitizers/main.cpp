@@ -3,7 +3,7 @@
 //   driver LEVEL PROBLEMS            problems 0 ... PROBLEMS - 1 of every type that the level has
 //   driver LEVEL PROBLEMS FIRST      problems FIRST ... FIRST + PROBLEMS - 1
 #include "cpu/levels.h"
-#include "random_problem.h"
+#include "two_map_problem.h"
 
 namespace lam {  // csrc/cpu/scratch.cpp, renamed by the compiler's command line
 void* cached_scratch_acquire(int64_t bytes);
@@ -23,75 +23,29 @@ bool run(lam::Level level, DType dtype, int64_t number) {
   return all_close(*x, dtype);
 }
 
-// Results and gradients of an op beside masked_attention's own, in blocks of their own.
-struct Half {
-  Operand out, lse, grad_out;
-  void enter(lam::MaskedAttentionParams& p) { p.out = out.view, p.lse = lse.view, p.grad_out = grad_out.view; }
-};
-Half make_half(Random& r, const lam::MaskedAttentionParams& p) {
-  Half half{make(p.query.dtype, p.B, p.H, p.Lq, p.Dv), make(p.lse.dtype, p.B, p.H, p.Lq, 1),
-            random_rows(r, p.query.dtype, p.B, p.H, p.Lq, p.Dv)};
-  const int64_t out[4] = {p.H * p.Lq * p.Dv, p.Lq * p.Dv, p.Dv, 1}, lse[4] = {p.H * p.Lq, p.Lq, 1, 0};
-  std::memcpy(half.out.view.stride, out, sizeof out);
-  std::memcpy(half.lse.view.stride, lse, sizeof lse);
-  return half;
-}
-
-// The local half is masked_attention of the same operands, whose result has been checked.
-bool same_numbers(const Operand& one, const Operand& other, double tolerance) {
-  bool same = true;
-  for_each(one.shape, [&](auto... at) {
-    const double a = one.get(at...), b = other.get(at...);
-    if (!(std::abs(a - b) <= tolerance * (1 + std::abs(b)))) same = false;
-  });
-  return same;
-}
-
 bool run_global_local(lam::Level level, DType dtype, int64_t number) {
   Random r = generator_of(number);
   const std::unique_ptr<Problem> x = random_problem(r, dtype);
-  lam::MaskedAttentionParams& base = x->p;
-  if (base.H != base.Hkv || base.gate || base.dropout_p > 0 || base.attn_mask.data != nullptr) return true;
-  if (base.multiplier_factors.rank > 0 || base.bias_factors.rank > 0) return true;
-  if (lam::kernels(dtype, level).masked_attention_fwd(base) != 0) return false;
+  if (!TwoMapProblem::takes(x->p)) return true;
+  const lam::LevelKernels& kernels = lam::kernels(dtype, level);
+  if (kernels.masked_attention_fwd(x->p) != 0) return false;
   set_gradients(*x);
-  base.grad_lse = {};
-  Half whole = make_half(r, base), near = make_half(r, base);
-  lam::GlobalLocalAttentionParams p{};
-  static_cast<lam::MaskedAttentionParams&>(p) = base;
-  p.n_patterns = 0, p.patterns = nullptr;
-  p.local = base;
-  whole.enter(p), near.enter(p.local);
-  announce("global_local_attention", dtype, number, base);
-  if (lam::kernels(dtype, level).global_local_attention_fwd(p) != 0) return false;
-  const double tolerance = dtype == DType::f64 ? 1e-12 : dtype == DType::f32 ? 1e-4 : 0.03;
-  if (!same_numbers(near.out, x->out, tolerance)) return std::puts("the local half differs"), false;
-  return lam::kernels(dtype, level).global_local_attention_bwd(p) == 0;
+  const TwoMapProblem both(r, *x);
+  announce("global_local_attention", dtype, number, x->p);
+  return kernels.global_local_attention_fwd(both.p) == 0 && both.local_half_is(x->out, dtype) &&
+         kernels.global_local_attention_bwd(both.p) == 0;
 }
 
 bool run_map_gated(lam::Level level, DType dtype, int64_t number) {
   Random r = generator_of(number);
   const std::unique_ptr<Problem> x = random_problem(r, dtype);
+  if (!GatedProblem::takes(x->p)) return true;
   set_gradients(*x);
-  lam::MapGatedAttentionParams p{};
-  static_cast<lam::MaskedAttentionParams&>(p) = x->p;
-  if (p.H != p.Hkv || p.Lq != p.Lk || p.Lq > 512) return true;
-  Half half = make_half(r, p);
-  half.enter(p);
-  Operand gates[2], grads[2];
-  for (int k = 0; k < 2; ++k) {
-    gates[k] = random_rows(r, dtype, 1, 1, p.Lq, p.Lq);
-    const int64_t strides[4] = {0, 0, p.Lq, 1};
-    grads[k] = make(dtype, 1, 1, p.Lq, p.Lq);
-    std::memcpy(grads[k].view.stride, strides, sizeof strides);
-  }
-  p.gate_global = gates[0].view, p.gate_local = gates[1].view;
-  p.grad_gate_global = grads[0].view, p.grad_gate_local = grads[1].view;
-  p.renormalise = number % 2 == 0;
-  announce("map_gated_attention", dtype, number, p);
-  return lam::kernels(dtype, level).map_gated_attention_fwd(p) == 0 &&
-         lam::kernels(dtype, level).map_gated_attention_bwd(p) == 0 && same_numbers(half.out, half.out, 0) &&
-         same_numbers(grads[0], grads[0], 0) && same_numbers(grads[1], grads[1], 0);  // written, and no NaN
+  const GatedProblem gated(r, *x, number % 2 == 0);
+  announce("map_gated_attention", dtype, number, gated.p);
+  const lam::LevelKernels& kernels = lam::kernels(dtype, level);
+  return kernels.map_gated_attention_fwd(gated.p) == 0 && kernels.map_gated_attention_bwd(gated.p) == 0 &&
+         gated.all_written();
 }
 
 // The result against a loop in double; gradients are written and hold no NaN, their values are the op's own tests'.

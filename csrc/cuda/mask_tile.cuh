@@ -1,0 +1,73 @@
+// A tile of a learned mask in shared memory: loaded from a dense one, built from factors.
+#pragma once
+#include "cuda/low_rank.cuh"
+
+namespace lam {
+namespace cuda {
+namespace {
+
+// In fp32. One row where the mask has one (pitch 0), one pair of equal columns where it has one column (column_mask 0).
+// A gate's tile holds log M, so that it is a bias to all that follows.
+struct MaskTile {
+  const View& v;
+  const Factors& f;
+  float *data, *stage;
+  const float* shown;  // from which row on it is read
+  int pitch, column_mask;
+  int64_t loaded = -1;  // which rows, columns, sample and head it holds
+
+  __device__ __forceinline__ MaskTile(unsigned char* memory, const Layout& l, int offset, const View& dense,
+                                      const Factors& factors)
+      : v(dense),
+        f(factors),
+        data(offset < 0 ? nullptr : at<float>(memory, offset)),
+        stage(l.factors < 0 ? nullptr : at<float>(memory, l.factors)),
+        shown(data),
+        pitch(f.rank > 0 ? l.tile_pitch : v.stride[2] == 0 ? 0 : v.stride[3] == 0 ? 8 : l.tile_pitch),
+        column_mask(f.rank == 0 && v.stride[3] == 0 ? 0 : ~0) {}
+
+  // Whether something was loaded, which the block must then wait for.
+  __device__ __forceinline__ bool bring(const MaskedAttentionParams& p, int b, int h, int i, int rows, int j,
+                                        int columns, bool logarithm, const Threads& threads) {
+    if (!data) return false;
+    const int64_t wanted = f.rank > 0 ? (slice(0, b) * p.H + slice(1, h)) * p.Lq + i
+                                      : b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
+    if (loaded == wanted) return false;
+    loaded = wanted;
+    const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk);
+    if (f.rank > 0) build_mask_tile(data, pitch, stage, f, b, h, i, rows, Lq, j, columns, Lk, threads);
+    else load(wanted, i, rows, Lq, j, columns, Lk, logarithm, threads);
+    return true;
+  }
+  // Columns `column` and `column + 1`, column even.
+  __device__ __forceinline__ float2 pair(int row, int column) const {
+    return ptx::shared_load(reinterpret_cast<const float2*>(shown + row * pitch + (column & column_mask)));
+  }
+  __device__ __forceinline__ float one(int row, int column) const {
+    return ptx::shared_load(shown + row * pitch + (column & column_mask));
+  }
+
+ private:
+  // 0 where M is the same along the axis
+  __device__ __forceinline__ int64_t slice(int axis, int index) const {
+    return f.rows.stride[axis] | f.columns.stride[axis] | f.offset.stride[axis] ? index : 0;
+  }
+  __device__ __forceinline__ void load(int64_t base, int i, int rows, int Lq, int j, int columns, int Lk,
+                                       bool logarithm, const Threads& threads) {
+    if (pitch == 0) rows = 1;
+    if (column_mask == 0) columns = 2;
+    for (int k = threads.id; k < rows * columns; k += threads.count) {
+      const int r = k / columns, c = k - r * columns;
+      float value = 0.f;
+      if ((i + r < Lq || pitch == 0) && (column_mask == 0 || j + c < Lk)) {
+        value = load_mask_value(v, base + r * v.stride[2] + c * v.stride[3]);
+        if (logarithm) value = value == 0.f ? -kInfinity : logf(value);
+      }
+      data[r * pitch + c] = value;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace cuda
+}  // namespace lam
