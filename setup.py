@@ -106,14 +106,11 @@ def package_dir(name):
 
 
 def cuda_home():
-    """Where nvcc and the CUDA headers are, or None."""
+    """Where nvcc and the CUDA headers are, or None; nowhere but in CUDA_HOME where that is set."""
     nvcc = shutil.which("nvcc")
-    homes = [
-        os.environ.get("CUDA_HOME"),
-        nvcc and Path(nvcc).resolve().parent.parent,
-        "/usr/local/cuda",
-    ]
-    for home in homes:
+    found = [nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    chosen = os.environ.get("CUDA_HOME")
+    for home in [chosen] if chosen else found:
         if home and Path(home, "bin", "nvcc").exists():
             root = Path(home).resolve()
             if (root / "include" / "cuda_runtime.h").exists():
@@ -139,7 +136,9 @@ def why_no_cuda():
     if not re.search(r"^cuda\b[^=]*= *['\"]", text, re.M):
         reason = f"torch {version('torch')} is not a CUDA build"
     elif cuda_home() is None:
-        reason = "nvcc was not found: set CUDA_HOME"
+        where = os.environ.get("CUDA_HOME")
+        reason = f"CUDA_HOME={where} holds no nvcc with its headers"
+        reason = reason if where else "nvcc was not found: set CUDA_HOME"
     if reason and setting == "1":
         raise SystemExit(f"LAM_CUDA=1, but {reason}")
     return reason

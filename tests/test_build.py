@@ -72,14 +72,17 @@ def python_in(site: Path, cwd: Path, code: str) -> subprocess.CompletedProcess:
 
 
 def test_wheel_carries_what_is_promised_and_nothing_else(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+    packed_files = zipfile.ZipFile(wheel)
+    names = set(packed_files.namelist())
+    skipped = json.loads(packed_files.read("lam_kernels/_build.json"))["cuda_skipped"]
     sources = {
         str(path.relative_to(ROOT))
         for package in ("lam_kernels", "python_ref")
         for path in (ROOT / package).rglob("*.py")
     }
     extra = {"lam_kernels/py.typed", "lam_kernels/_build.json"}
-    libraries = {f"lam_kernels/_cpu{SUFFIX}", f"lam_kernels/_host{SUFFIX}"}
+    built = ["_cpu", "_host"] + ["_cuda"] * (not skipped)
+    libraries = {f"lam_kernels/{name}{SUFFIX}" for name in built}
     packed = {name for name in names if ".dist-info/" not in name}
     assert packed == sources | extra | libraries
     assert any(name.endswith("LICENSE") for name in names)
@@ -168,7 +171,10 @@ def test_debug_build_is_not_optimised(setup_py):
     assert "-O3" in setup_py()["BASE"]
 
 
-def test_a_cuda_library_that_is_demanded_and_cannot_be_built_stops_the_build(setup_py):
+def test_a_cuda_library_that_is_demanded_and_cannot_be_built_stops_the_build(
+    setup_py, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert "CUDA" in setup_py()["why_no_cuda"]()
     assert "LAM_CUDA=0" in setup_py(LAM_CUDA="0")["why_no_cuda"]()
     with pytest.raises(SystemExit, match="LAM_CUDA=1, but"):
