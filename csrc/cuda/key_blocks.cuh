@@ -8,38 +8,42 @@ namespace lam {
 namespace cuda {
 namespace {
 
+// kMaps: results of the op, 1 or 2.
+template <int kMaps>
 struct KeyWalk {
   const MaskedAttentionCall& c;
   int first_key, first_member, member, end_member;  // members are (batch, key head) pairs
-  int b, key_head, h, chunk, chunks;
-  int in_group, group, rows;
+  int b, key_head, h, chunk;
+  int group;
 
-  __device__ __forceinline__ KeyWalk(const MaskedAttentionCall& call, int block, int keys) : c(call), rows(keys) {
+  __device__ __forceinline__ KeyWalk(const MaskedAttentionCall& call, int block) : c(call) {
     const Slices& s = c.key_slices;
-    first_key = block % s.row_blocks * keys;
+    first_key = block % s.row_blocks * keys();
     const int split = block / s.row_blocks;
     first_member = static_cast<int>(static_cast<int64_t>(s.members) * split / s.splits);
     end_member = static_cast<int>(static_cast<int64_t>(s.members) * (split + 1) / s.splits);
     member = first_member;
-    chunks = static_cast<int>((c.p.Lq + kChunk - 1) / kChunk);
     group = static_cast<int>(c.p.H / c.p.Hkv);
     enter();
   }
+  // computed where they are used: every register counts here
+  __device__ __forceinline__ int chunks() const { return (static_cast<int>(c.p.Lq) + kChunk - 1) / kChunk; }
+  __device__ __forceinline__ int keys() const { return 16 * c.keys.warps; }
   __device__ __forceinline__ bool done() const { return member >= end_member; }
   // A pair's first step comes even if nobody sees its keys: its results are written all the same.
-  __device__ __forceinline__ bool is_first() const { return in_group == 0 && chunk == 0; }
+  __device__ __forceinline__ bool is_first() const { return h == key_head * group && chunk == 0; }
   __device__ __forceinline__ void enter() {
     if (done()) return;
     const int B = static_cast<int>(c.p.B), Hkv = static_cast<int>(c.p.Hkv);
     b = c.key_slices.share_h ? member % B : member / Hkv;
     key_head = c.key_slices.share_h ? member / B : member % Hkv;
-    in_group = 0, chunk = 0, h = key_head * group;
+    chunk = 0, h = key_head * group;
   }
   __device__ __forceinline__ void advance() {
     do {
-      if (++chunk == chunks) {
-        chunk = 0, ++in_group, ++h;
-        if (in_group == group) {
+      if (++chunk == chunks()) {
+        chunk = 0, ++h;
+        if (h == (key_head + 1) * group) {
           ++member;
           return enter();
         }
@@ -48,9 +52,9 @@ struct KeyWalk {
   }
   __device__ __forceinline__ bool chunk_sees_keys() const {
     const PatternSpec* spec = spec_of(c, h);
-    if (!spec || c.two_maps) return true;
+    if (!spec || kMaps == 2) return true;
     const int64_t Lq = c.p.Lq, first = static_cast<int64_t>(chunk) * kChunk, last = min64(first + kChunk, Lq) - 1;
-    return row_range(*spec, first, Lq, c.p.Lk).start < first_key + rows &&
+    return row_range(*spec, first, Lq, c.p.Lk).start < first_key + keys() &&
            row_range(*spec, last, Lq, c.p.Lk).stop > first_key;
   }
   template <class T>
@@ -60,16 +64,16 @@ struct KeyWalk {
     const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk), D = static_cast<int>(p.D);
     const int Dv = static_cast<int>(p.Dv);
     if (is_first()) {
-      copy_rows(ring.rows(l.key, l.row_pitch, member), l.row_pitch, p.key, c.key_aligned, b, key_head, first_key, rows,
-                Lk, D, ring.threads);
+      copy_rows(ring.rows(l.key, l.row_pitch, member), l.row_pitch, p.key, c.key_aligned, b, key_head, first_key,
+                keys(), Lk, D, ring.threads);
       copy_rows(ring.rows(l.value, l.value_pitch, member), l.value_pitch, p.value, c.value_aligned, b, key_head,
-                first_key, rows, Lk, Dv, ring.threads);
+                first_key, keys(), Lk, Dv, ring.threads);
     }
     copy_rows(ring.chunk(l.query, l.row_pitch, ring.issued), l.row_pitch, p.query, c.query_aligned, b, h,
               chunk * kChunk, kChunk, Lq, D, ring.threads);
     copy_rows(ring.chunk(l.grad_out, l.value_pitch, ring.issued), l.value_pitch, p.grad_out, c.grad_out_aligned, b, h,
               chunk * kChunk, kChunk, Lq, Dv, ring.threads);
-    if (l.near_grad_out >= 0)
+    if constexpr (kMaps == 2)
       copy_rows(ring.chunk(l.near_grad_out, l.value_pitch, ring.issued), l.value_pitch, c.near.grad_out,
                 c.near.grad_out_aligned, b, h, chunk * kChunk, kChunk, Lq, Dv, ring.threads);
   }
@@ -81,7 +85,8 @@ struct QueryStatistics {
 
   __device__ __forceinline__ QueryStatistics(unsigned char* memory, int lse_at, int shift_at)
       : lse(at<float>(memory, lse_at)), shift(at<float>(memory, shift_at)) {}
-  __device__ __forceinline__ void load(const View& of, const float* left, const KeyWalk& now, const Threads& threads) {
+  template <class Walk>
+  __device__ __forceinline__ void load(const View& of, const float* left, const Walk& now, const Threads& threads) {
     const MaskedAttentionParams& p = now.c.p;
     const int first = now.chunk * kChunk;
     for (int k = threads.id; k < kChunk; k += threads.count) {
@@ -98,9 +103,10 @@ struct QueryStatistics {
 };
 
 // Masks, bits, lse and shift of one chunk of queries and the block's keys.
+template <int kMaps>
 struct KeyMasks {
   const MaskedAttentionCall& c;
-  MaskTile multiplier, bias;
+  MaskTile<false> multiplier, bias;
   uint32_t *visible, *kept, *key_visible;
   QueryStatistics rows, near_rows;
   int words, visible_of = -1, kept_of = -1, keys_of = -1;
@@ -116,12 +122,12 @@ struct KeyMasks {
         near_rows(memory, call.keys.near_lse, call.keys.near_shift),
         words((call.keys.warps + 1) / 2) {}
 
-  __device__ __forceinline__ void load(const KeyWalk& now, const Threads& threads) {
+  __device__ __forceinline__ void load(const KeyWalk<kMaps>& now, const Threads& threads) {
     const MaskedAttentionParams& p = c.p;
     const int i = now.chunk * kChunk, j = now.first_key, H = static_cast<int>(p.H);
     bring(multiplier, now, false, threads);
     bring(bias, now, p.gate, threads);
-    const int visible_by = ((c.visible_by_b ? now.b * H : 0) + (c.visible_by_h ? now.h : 0)) * now.chunks + now.chunk;
+    const int visible_by = ((c.visible_by_b ? now.b * H : 0) + (c.visible_by_h ? now.h : 0)) * now.chunks() + now.chunk;
     if (visible_of != visible_by) {
       load_visible(visible, c, now.b, now.h, i, kChunk, j, words, threads);
       visible_of = visible_by;
@@ -130,20 +136,21 @@ struct KeyMasks {
       load_key_visible(key_visible, c, now.b, j, words, threads);
       keys_of = now.b;
     }
-    const int kept_by = (now.b * H + now.h) * now.chunks + now.chunk;
+    const int kept_by = (now.b * H + now.h) * now.chunks() + now.chunk;
     if (kept && kept_of != kept_by) {
       load_kept(kept, c, now.b, now.h, i, kChunk, j, words, threads);
       kept_of = kept_by;
     }
     rows.load(p.lse, c.shift, now, threads);
-    if (c.two_maps) near_rows.load(c.near.lse, c.near.shift, now, threads);
+    if constexpr (kMaps == 2) near_rows.load(c.near.lse, c.near.shift, now, threads);
     __syncthreads();
   }
   // Tiles of factors stay for all chunks where they fit: built once for all heads that share them.
-  __device__ __forceinline__ void bring(MaskTile& tile, const KeyWalk& now, bool logarithm, const Threads& threads) {
-    const int keys = 16 * c.keys.warps, kept = tile.f.rank > 0 ? c.keys.mask_chunks : 1;
+  __device__ __forceinline__ void bring(MaskTile<false>& tile, const KeyWalk<kMaps>& now, bool logarithm,
+                                        const Threads& threads) {
+    const int kept = tile.f.rank > 0 ? c.keys.mask_chunks : 1;
     const int first = kept > 1 ? 0 : now.chunk * kChunk;
-    tile.bring(c.p, now.b, now.h, first, kept * kChunk, now.first_key, keys, logarithm, threads);
+    tile.bring(c.p, now.b, now.h, first, kept * kChunk, now.first_key, now.keys(), logarithm, threads);
     if (kept > 1) tile.shown = tile.data + now.chunk * kChunk * tile.pitch;
   }
   // The lane's pairs with the 8 N queries from `first` on, as bits 4 n + e. No bits or no keys: all.

@@ -22,12 +22,12 @@ __device__ __forceinline__ void stage_factor(float* to, const View& v, int b, in
 }
 
 // rows x columns, multiples of 16, of M from (i, j) on, by the whole block, which waits for the last ranks itself.
+// kByRows: mask_tile.cuh. Two neighbours of a lane are stored at once, or rows and columns change places.
+template <bool kByRows>
 __device__ __forceinline__ void build_mask_tile(float* tile, int pitch, float* stage, const Factors& f, int b, int h,
                                                 int i, int rows, int Lq, int j, int columns, int Lk,
                                                 const Threads& threads) {
   const Lane lane(threads.id);
-  // rows of one bank more each: a lane's two neighbours are stored at once; else rows and columns change places
-  const bool pairs = pitch % 32 == 8;
   for (int k = threads.id; k < rows * columns; k += threads.count) {
     const int r = k / columns, c = k - r * columns;
     const View& v = f.offset;
@@ -56,14 +56,14 @@ __device__ __forceinline__ void build_mask_tile(float* tile, int pitch, float* s
           float* to = tile + (r0 + r) * pitch + c0 + c;
           float m[2][4];
           clear(m);
-          if (pairs) Products<float>::scores(m, of_rows, kFactorPitch, of_columns, kFactorPitch, kRankStep, lane);
+          if constexpr (kByRows) Products<float>::scores(m, of_rows, kFactorPitch, of_columns, kFactorPitch, kRankStep, lane);
           else Products<float>::scores(m, of_columns, kFactorPitch, of_rows, kFactorPitch, kRankStep, lane);
 #pragma unroll
           for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int line = lane.row + 8 * half, place = n * 8 + lane.column;
-              if (pairs) {
+              if constexpr (kByRows) {
                 add_to_tile(to + line * pitch + place, m[n][2 * half], m[n][2 * half + 1]);
               } else {
                 add_to_tile(to + place * pitch + line, m[n][2 * half]);

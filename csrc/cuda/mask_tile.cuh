@@ -8,6 +8,8 @@ namespace {
 
 // In fp32. One row where the mask has one (pitch 0), one pair of equal columns where it has one column (column_mask 0).
 // A gate's tile holds log M, so that it is a bias to all that follows.
+// kByRows: neighbouring columns are read together; else neighbouring rows (the pitch is for that, see tile_pitch).
+template <bool kByRows>
 struct MaskTile {
   const View& v;
   const Factors& f;
@@ -35,7 +37,7 @@ struct MaskTile {
     if (loaded == wanted) return false;
     loaded = wanted;
     const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk);
-    if (f.rank > 0) build_mask_tile(data, pitch, stage, f, b, h, i, rows, Lq, j, columns, Lk, threads);
+    if (f.rank > 0) build_mask_tile<kByRows>(data, pitch, stage, f, b, h, i, rows, Lq, j, columns, Lk, threads);
     else load(wanted, i, rows, Lq, j, columns, Lk, logarithm, threads);
     return true;
   }

@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) key_gradient_kernel(GRID_CO
   float* weights = l.weights < 0 ? nullptr : at<float>(memory, l.weights) + warp_key * (kChunk + 4);
   const bool wants_key = p.grad_key.data, wants_value = p.grad_value.data;
 
-  KeyWalk now(c, static_cast<int>(blockIdx.x), 16 * l.warps);
-  Ring<T, KeyWalk> ring(l, memory, threads, now);
-  KeyMasks masks(c, memory);
+  KeyWalk<1> now(c, static_cast<int>(blockIdx.x));
+  Ring<T, KeyWalk<1>> ring(l, memory, threads, now);
+  KeyMasks<1> masks(c, memory);
   float dk[Width / 8][4], dv[Width / 8][4];
 
   for (int step = 0; !now.done(); ++step) {

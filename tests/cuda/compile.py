@@ -34,20 +34,22 @@ def setup_py() -> dict:
         os.chdir(here)
 
 
-def ninja(folder: Path, text: str) -> subprocess.CompletedProcess:
+def ninja(folder: Path, text: str, *targets: str) -> subprocess.CompletedProcess:
     """Build what `text` describes; other test processes wait and then find nothing to do."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text(text)
-        return _run_ninja(folder)
+        return _run_ninja(folder, targets)
 
 
-def _run_ninja(folder: Path) -> subprocess.CompletedProcess:
+def _run_ninja(folder: Path, targets: tuple[str, ...]) -> subprocess.CompletedProcess:
     program = Path(sys.executable).with_name("ninja")
     command = [str(program) if program.exists() else "ninja", "-f", str(folder / "build.ninja")]
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    return subprocess.run([*command, "-j", jobs], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [*command, "-j", jobs, *targets], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def build(name: str, units: dict[str, tuple[str, list[str]]], flags: list[str]) -> Path:

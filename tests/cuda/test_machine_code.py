@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from compile import ROOT, ninja, setup_py
@@ -27,6 +28,14 @@ KERNELS = {
     "map_gated_attention": ("map_gated_forward_kernel", "map_gated_backward_kernel"),
 }
 WIDTHS = (64, 128)
+ALL = tuple(itertools.product(KERNELS, DTYPES))
+# A file takes nvcc half a minute for each architecture: an ordinary run looks at every op, at both
+# kinds of products and at one architecture.
+ORDINARY = (
+    ("masked_attention", "bf16"),
+    ("global_local_attention", "f32"),
+    ("map_gated_attention", "bf16"),
+)
 # two blocks of 4 warps share a processor's 64 Ki registers
 MOST_REGISTERS = 255
 
@@ -42,24 +51,34 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
+class Compiled(NamedTuple):
+    archs: tuple[str, ...]
+    objects: dict[tuple[str, str], Path]  # (op, dtype) -> file
+    library: Path  # only with --full
+
+
 @pytest.fixture(scope="module")
-def library() -> Path:
-    """`_cuda` as setup.py builds it on a machine with a GPU, for all three architectures."""
-    setup = setup_py()
+def compiled(request) -> Compiled:
+    """The files of `_cuda` as setup.py compiles them on a machine with a GPU."""
+    setup, full = setup_py(), request.config.getoption("full")
     if setup["cuda_home"]() is None:
         pytest.skip("nvcc was not found: kernels are not compiled for a GPU here")
-    out = ROOT / "build" / "cuda" / "machine-code"
+    archs = ARCHS if full else ("90",)
+    out = ROOT / "build" / "cuda" / "-".join(("machine-code", *archs))
     text = setup["NinjaFile"](out.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(f"{arch[:-1]}.{arch[-1]}" for arch in ARCHS))
-        path = text.cuda(setup["gencode"]())
-    built = ninja(out, text.text())
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(f"{arch[:-1]}.{arch[-1]}" for arch in archs))
+        library = ROOT / text.cuda(setup["gencode"]())
+    folder = library.parent / "_cuda" / "gpu"
+    objects = {(op, dtype): folder / f"{op}_{dtype}.o" for op, dtype in (ALL if full else ORDINARY)}
+    wanted = [library] if full else objects.values()
+    built = ninja(out, text.text(), *(str(path.relative_to(ROOT)) for path in wanted))
     assert built.returncode == 0, built.stdout[-6000:]  # a spill is an error of the compiler
-    return ROOT / path
+    return Compiled(archs, objects, library)
 
 
 @pytest.fixture(scope="module")
-def tool(library) -> str:
+def tool(compiled) -> str:
     found = cuobjdump()
     if found is None:
         pytest.skip("cuobjdump was not found: neither beside nvcc nor in triton's wheel")
@@ -67,11 +86,10 @@ def tool(library) -> str:
 
 
 @pytest.fixture(scope="module")
-def resources(library, tool) -> dict:
+def resources(compiled, tool) -> dict:
     """(arch, dtype, kernel, width) -> {"REG": ..., "STACK": ..., ...}."""
     found = {}
-    for op, dtype in itertools.product(KERNELS, DTYPES):
-        path = library.parent / "_cuda" / "gpu" / f"{op}_{dtype}.o"
+    for (op, dtype), path in compiled.objects.items():
         text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
         arch = None
         for line in text.splitlines():
@@ -88,13 +106,13 @@ def resources(library, tool) -> dict:
     return found
 
 
-def test_every_kernel_is_there(resources):
+def test_every_kernel_is_there(compiled, resources):
     wanted = {
-        (a, d, k, w)
-        for a in ARCHS
-        for d in DTYPES
-        for k in itertools.chain(*KERNELS.values())
-        for w in WIDTHS
+        (arch, dtype, kernel, width)
+        for arch in compiled.archs
+        for op, dtype in compiled.objects
+        for kernel in KERNELS[op]
+        for width in WIDTHS
     }
     assert set(resources) == wanted
 
@@ -107,11 +125,10 @@ def test_registers_and_spills(resources):
 
 
 @pytest.fixture(scope="module")
-def listings(library, tool) -> dict[tuple[str, str], str]:
+def listings(compiled, tool) -> dict[tuple[str, str], str]:
     """(op, dtype) -> the machine code of its kernels for sm_90."""
     found = {}
-    for op, dtype in itertools.product(KERNELS, DTYPES):
-        path = library.parent / "_cuda" / "gpu" / f"{op}_{dtype}.o"
+    for (op, dtype), path in compiled.objects.items():
         command = [tool, "-sass", "-arch", "sm_90", path]
         done = subprocess.run(command, capture_output=True, text=True)
         found[op, dtype] = done.stdout
@@ -128,8 +145,10 @@ def functions(op: str, listing: str) -> dict[tuple[str, int], str]:
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [pytest.param(*one, marks=() if one in ORDINARY else pytest.mark.full) for one in ALL],
+)
 def test_instructions(listings, op, dtype):
     for what, body in functions(op, listings[op, dtype]).items():
         matrix = {"bf16": r"HMMA\.16816\.F32\.BF16", "f16": r"HMMA\.16816\.F32\b", "f32": None}[
@@ -150,7 +169,8 @@ def test_instructions(listings, op, dtype):
         assert not re.search(r"\b(ATOM|RED)\b", body), f"{what} has atomics"
 
 
-def test_library_loads_without_cuda(library):
+@pytest.mark.full
+def test_library_loads_without_cuda(compiled):
     """Linked with the machine code of all kernels, it loads in this torch, schemas and all."""
     code = (
         "import sys, torch\n"
@@ -160,7 +180,7 @@ def test_library_loads_without_cuda(library):
         "print(op._schema)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(library)], capture_output=True, text=True
+        [sys.executable, "-c", code, str(compiled.library)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "bool[] needs" in done.stdout

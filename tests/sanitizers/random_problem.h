@@ -327,8 +327,15 @@ std::unique_ptr<Problem> random_problem(Random& r, DType dtype) {
   return problem;
 }
 
+// Sums whose terms may cancel, and the same sums of absolute values.
+struct Sums {
+  std::vector<double> values, sizes;
+  void add(size_t at, double term, double size) { values[at] += term, sizes[at] += std::abs(size); }
+};
+
 struct Expected {
-  std::vector<double> out, lse, query, key, value, multiplier, bias, rows[2], columns[2], offset[2];
+  std::vector<double> out, lse, query, key, value, multiplier, bias;
+  Sums rows[2], columns[2], offset[2];
 };
 
 size_t flat(const Operand& o, int64_t b, int64_t h, int64_t i, int64_t j) {
@@ -344,24 +351,26 @@ Expected reference(const Problem& x) {
   e.out = zeros(x.out), e.lse = zeros(x.lse), e.query = zeros(x.query), e.key = zeros(x.key);
   e.value = zeros(x.value), e.multiplier = zeros(x.multiplier), e.bias = zeros(x.bias);
   for (int k = 0; k < 2; ++k) {
-    e.rows[k] = zeros(x.factors[k].rows), e.columns[k] = zeros(x.factors[k].columns);
-    e.offset[k] = zeros(x.factors[k].offset);
+    const FactorOperands& f = x.factors[k];
+    e.rows[k] = {zeros(f.rows), zeros(f.rows)}, e.columns[k] = {zeros(f.columns), zeros(f.columns)};
+    e.offset[k] = {zeros(f.offset), zeros(f.offset)};
   }
   auto mask_at = [](const Operand& dense, const FactorOperands& f, int64_t b, int64_t h, int64_t i, int64_t j,
                     double absent) {
     return f.rows.memory ? f.get(b, h, i, j) : dense.memory ? dense.get(b, h, i, j) : absent;
   };
-  auto fold = [&](int k, double g, int64_t b, int64_t h, int64_t i, int64_t j) {
+  auto fold = [&](int k, double g, double size, int64_t b, int64_t h, int64_t i, int64_t j) {
     const FactorOperands& f = x.factors[k];
     if (!f.rows.memory) return;
     for (int64_t d = 0; d < f.rows.shape[3]; ++d) {
-      e.rows[k][flat(f.rows, b, h, i, d)] += g * f.columns.get(b, h, j, d);
-      e.columns[k][flat(f.columns, b, h, j, d)] += g * f.rows.get(b, h, i, d);
+      const double row = f.rows.get(b, h, i, d), column = f.columns.get(b, h, j, d);
+      e.rows[k].add(flat(f.rows, b, h, i, d), g * column, size * column);
+      e.columns[k].add(flat(f.columns, b, h, j, d), g * row, size * row);
     }
-    if (f.offset.memory) e.offset[k][flat(f.offset, b, h, 0, j)] += g;
+    if (f.offset.memory) e.offset[k].add(flat(f.offset, b, h, 0, j), g, size);
   };
   const auto n = static_cast<size_t>(p.Lk);
-  std::vector<double> dot(n), score(n), factor(n), bias(n), grad(n), keep(n);
+  std::vector<double> dot(n), score(n), factor(n), bias(n), grad(n), grad_size(n), keep(n);
   std::vector<bool> seen(n);
   const uint32_t threshold = lam::dropout_threshold(p.dropout_p);
   auto masked = [](const View& v, int64_t b, int64_t h, int64_t i, int64_t j) {
@@ -401,30 +410,34 @@ Expected reference(const Problem& x) {
         const double lse = top == -INFINITY ? -INFINITY : top + std::log(sum);
         e.lse[flat(x.lse, b, h, i, 0)] = lse;
         if (lse == -INFINITY) continue;
-        double delta = 0;
+        double delta = 0, delta_size = 0;
         for (int64_t j = 0; j < p.Lk; ++j) {
           const auto c = static_cast<size_t>(j);
           if (!seen[c]) continue;
           const double prob = (p.gate ? bias[c] : 1) * std::exp(score[c] - lse);
-          grad[c] = 0;
+          grad[c] = grad_size[c] = 0;
           for (int64_t d = 0; d < p.Dv; ++d) {
             const double v = x.value.get(b, g, j, d), go = x.grad_out.get(b, h, i, d);
             e.out[flat(x.out, b, h, i, d)] += prob * keep[c] * v;
             e.value[flat(x.value, b, g, j, d)] += prob * keep[c] * go;
             grad[c] += keep[c] * v * go;
+            grad_size[c] += std::abs(keep[c] * v * go);
           }
           delta += prob * grad[c];
+          delta_size += prob * grad_size[c];
         }
-        const double shift = (x.grad_lse.memory ? x.grad_lse.get(b, h, i, 0) : 0) - delta;
+        const double grad_lse = x.grad_lse.memory ? x.grad_lse.get(b, h, i, 0) : 0, shift = grad_lse - delta;
         for (int64_t j = 0; j < p.Lk; ++j) {
           const auto c = static_cast<size_t>(j);
           if (!seen[c]) continue;
           const double weightless = std::exp(score[c] - lse) * (grad[c] + shift);
-          const double ds = (p.gate ? bias[c] : 1) * weightless;
+          const double prob = (p.gate ? bias[c] : 1) * std::exp(score[c] - lse);
+          const double ds = prob * (grad[c] + shift);
+          const double ds_size = prob * (grad_size[c] + std::abs(grad_lse) + delta_size);
           if (x.bias.memory) e.bias[flat(x.bias, b, h, i, j)] += p.gate ? weightless : ds;
           if (x.multiplier.memory) e.multiplier[flat(x.multiplier, b, h, i, j)] += ds * dot[c];
-          fold(0, ds * dot[c], b, h, i, j);
-          fold(1, ds, b, h, i, j);
+          fold(0, ds * dot[c], ds_size * dot[c], b, h, i, j);
+          fold(1, ds, ds_size, b, h, i, j);
           for (int64_t d = 0; d < p.D; ++d) {
             e.query[flat(x.query, b, h, i, d)] += p.scale * ds * factor[c] * x.key.get(b, g, j, d);
             e.key[flat(x.key, b, g, j, d)] += p.scale * ds * factor[c] * x.query.get(b, h, i, d);
@@ -435,10 +448,11 @@ Expected reference(const Problem& x) {
 }
 
 // Coarse on purpose: the accuracy tests are elsewhere; this finds values that come from the wrong place.
-bool close(const char* what, const Operand& got, const std::vector<double>& expected, double roundoff) {
+bool close(const char* what, const Operand& got, const std::vector<double>& expected, double roundoff,
+           const std::vector<double>& sizes) {
   if (!got.memory) return true;
   double largest = 1;
-  for (const double value : expected)
+  for (const double value : sizes)
     if (std::isfinite(value)) largest = std::max(largest, std::abs(value));
   // 2^-40: a sum of thousands of terms that cancel
   const double bound = 32 * std::max(roundoff + unit_roundoff(got.view.dtype), 0x1p-40) * largest;
@@ -453,6 +467,13 @@ bool close(const char* what, const Operand& got, const std::vector<double>& expe
                 bound);
   });
   return good;
+}
+
+bool close(const char* what, const Operand& got, const std::vector<double>& expected, double roundoff) {
+  return close(what, got, expected, roundoff, expected);
+}
+bool close(const char* what, const Operand& got, const Sums& expected, double roundoff) {
+  return close(what, got, expected.values, roundoff, expected.sizes);
 }
 
 Random generator_of(int64_t number) {
