@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bench import check, memory, record, table
+from bench import check, memory, ops, record, table
 from bench.__main__ import main
 from bench.lines import describe
 from bench.ops import masked_attention as page
@@ -93,6 +93,11 @@ def test_environment_of_the_allocators(monkeypatch):
         (["run", "--workload", "8,12,197,64"], "expected five numbers B,H,Lq,Lk,D"),
         (["run", "--workload", "Problem(L=3)"], "not a problem of masked_attention"),
         (["run", "--workload", "1,1,8,8,4", "--multiplier", "bqk"], "--multiplier 'bqk'"),
+        (["run", "--workload", "1,1,8,8,4", "--pattern", "Band(3)"], "expected one of BlockDiag"),
+        (["run", "--workload", "1,1,8,8,4", "--pattern", "Toeplitz(-3)"], "radius must be"),
+        (["run", "--workload", "1,1,8,8,4", "--pattern", "Toeplitz("], "--pattern 'Toeplitz('"),
+        (["run", "--workload", "1,1,8,8,4", "--op", "score_masked_attention", "--bias", "11qk"],
+         "--bias: score_masked_attention has no such operand"),
         (["run", "--workload", "W1", "--batch", "half"], "--batch 'half'"),
         (["run", "--samples", "0"], "--samples must be more than 0"),
         (["run", "--graph"], "need --device cuda"),
@@ -114,6 +119,13 @@ def test_refusals_are_one_sentence_and_code_2(arguments, sentence, monkeypatch, 
     assert error.startswith("bench: ")
     assert error.count("\n") == 1
     assert sentence in error
+
+
+@pytest.mark.parametrize("op", [op for op in ops.NAMES if not ops.missing(op)])
+def test_given_sizes_are_a_problem_of_every_op(op, capsys):
+    asked = f"run --workload 1,2,10,10,8 --op {op} --peer none --dtype fp32 --samples 3 --no-save"
+    assert main([*asked.split(), "--allocator", record.allocator_of()]) == 0
+    assert "ms (" in capsys.readouterr().out
 
 
 def test_a_broken_results_file_is_named_with_its_line(tmp_path, capsys):
