@@ -105,6 +105,8 @@ def test_environment_of_the_allocators(monkeypatch):
         (["run", "--case", "smoke-dense", "--backend", "quantum"], "backend 'quantum'"),
         (["run", "--direction", "call", "--backend", "reference"], "no chosen case"),
         (["table", "--results", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["table", "--results", "."], "Is a directory: '.'"),
+        (["report", "--output", f"{__file__}/page"], "Not a directory"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_sentence_and_code_2(arguments, sentence, monkeypatch, capsys):
