@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lam_kernels import Toeplitz
-from lam_kernels.swap import swap
+from lam_kernels.swap import LearnedMask, swap
 from lam_kernels.swap.torch_modules import SwappedMultiheadAttention
 
 E, H, B, L, S = 12, 3, 2, 5, 7
@@ -300,6 +300,25 @@ def test_an_encoder_built_of_a_swapped_layer(spy):
     with torch.no_grad(), spy() as seen:
         model(torch.randn(B, S, 16))
     assert seen.forwards == 2
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("swapped", [0, 1])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor|The PyTorch API of nested tensors")
+def test_one_layer_of_an_encoder_that_packs(swapped, norm_first, spy):
+    """The encoder around it was not given to swap(), and packs a padded batch in eval."""
+    model = stack("encoder", norm_first=norm_first).eval()
+    args, options, valid = arguments("encoder")
+    with torch.no_grad():
+        theirs = model(*args, **options)
+    report = swap(model.layers[swapped])
+    with torch.no_grad(), spy() as seen:
+        same(model(*args, **options)[valid], theirs[valid])
+    assert seen.forwards == 1
+    report.undo()
+    swap(model.layers[swapped], learned_mask=LearnedMask(S), patterns=Toeplitz(0))
+    with torch.no_grad():
+        assert not torch.allclose(model(*args, **options)[valid], theirs[valid])
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder layer"])
