@@ -271,7 +271,15 @@ def test_brief_table_has_one_line_a_held_comparison():
             | {"allocator": allocator, "contender": "compile", "ours_over_this": ratio}
             | {"target": 0.7, "target_met": ratio <= 0.7}
         )
+    wrong = {"contender": "compile", "error": "wrong result", "target": 0.7}
+    rows += [
+        {k: v for k, v in origin.items() if k != "median_ms"}
+        | {"case": "dense-L197", "allocator": "default"}
+        | row
+        for row in ({"contender": "ours", "error": "killed"}, wrong)
+    ]
     text = table.render_brief(rows)
+    assert "| dense-L197, forward + backward | fp32 | compile |  | not measured |  | 0.7 |" in text
     line = "| dense-L50, forward + backward | fp32 | compile | 2 | 0.50 | **no** 0.90 | 0.7 |"
     assert text.count("dense-L50, forward") == 1
     assert line in text
