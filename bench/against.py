@@ -52,7 +52,7 @@ def _run_options(argv: list[str]) -> list[str]:
     """The options of `run` among those of `compare`."""
     options, skip = [], False
     for word in argv[1:]:
-        if skip or word == "--all":
+        if skip or word in ("--all", "--no-save"):  # the rows go to a file of this comparison
             skip = False
         elif word in _OWN_OPTIONS:
             skip = True

@@ -181,7 +181,7 @@ def test_rounds_are_pooled_with_the_widest_spread():
 
 def test_against_takes_the_options_of_run_only():
     given = ["compare", "--against", "HEAD~1", "--case", "x", "--threshold=0.2", "--rounds", "3",
-             "--all", "--quick"]  # fmt: skip
+             "--all", "--no-save", "--quick"]  # fmt: skip
     assert against._run_options(given) == ["--case", "x", "--quick"]
 
 
