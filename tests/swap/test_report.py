@@ -255,7 +255,8 @@ def test_a_backend_that_cannot_serve_is_the_reason():
     [
         ({"learned_mask": 8}, "learned_mask must be a LearnedMask or None, got int"),
         ({"patterns": "Causal"}, "patterns must be"),
-        ({"patterns": {"nothing.*": Toeplitz(1)}}, "no module is called 'nothing"),
+        ({"patterns": {"nothing.*": Toeplitz(1)}}, "no attention module is called 'nothing"),
+        ({"patterns": {"encoder.layers.0": Toeplitz(1)}}, "no attention module is called 'enc"),
         ({"backend": "fast"}, "backend must be one of cpu"),
     ],
 )
