@@ -79,7 +79,7 @@ def pooled(rounds: list[list[dict]]) -> list[dict]:
                 "p80_ms": max(row["p80_ms"] for row in rows),
                 "samples": sum(row["samples"] for row in rows),
             }
-        elif all("peak_mib" in row for row in rows):
+        if all("peak_mib" in row for row in rows):
             one["peak_mib"] = median(row["peak_mib"] for row in rows)
         found.append(one)
     return found
