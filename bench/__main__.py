@@ -95,14 +95,14 @@ def main(argv: list[str] | None = None) -> int:
     args.argv = argv
     try:
         return args.do(args)
-    except (ValueError, FileNotFoundError, UserError) as error:
+    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
+        sys.stdout = None
+        return 141
+    except (ValueError, OSError, UserError) as error:  # OSError: a path that cannot be used
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output, `head` for example, has seen enough
-        sys.stdout = None
-        return 141
 
 
 def _table(args: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ def _run_options(argv: list[str]) -> list[str]:
     """The options of `run` among those of `compare`."""
     options, skip = [], False
     for word in argv[1:]:
-        if skip or word == "--all":
+        if skip or word in ("--all", "--no-save"):  # the rows go to a file of this comparison
             skip = False
         elif word in _OWN_OPTIONS:
             skip = True
@@ -79,7 +79,7 @@ def pooled(rounds: list[list[dict]]) -> list[dict]:
                 "p80_ms": max(row["p80_ms"] for row in rows),
                 "samples": sum(row["samples"] for row in rows),
             }
-        elif all("peak_mib" in row for row in rows):
+        if all("peak_mib" in row for row in rows):
             one["peak_mib"] = median(row["peak_mib"] for row in rows)
         found.append(one)
     return found

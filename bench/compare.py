@@ -156,6 +156,11 @@ def compared(before: list[dict], after: list[dict], threshold: float = THRESHOLD
     drift = median(moved) if moved else 0.0
     spread = 1.4826 * median(abs(r - drift) for r in moved) if moved else 0.0
     changes = [_judged(a[key], b[key], drift, spread, threshold) for key in common if _is_ours(key)]
+    changes += [  # of a time's row, which --memory and CUDA give a peak as well
+        _memory_change(a[key], b[key], threshold)
+        for key in common
+        if _is_ours(key) and all({"median_ms", "peak_mib"} <= rows[key].keys() for rows in (a, b))
+    ]
     order = ("failed", "slower", "unclear", "faster", "same", "too few samples")
     found = [change for change in changes if change]
     found.sort(key=lambda change: (order.index(change.verdict), -abs(change.change)))

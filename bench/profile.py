@@ -155,7 +155,7 @@ def image_classifier(fused: bool, device: str) -> Subject:
 def load(name: str) -> Callable:
     """The function of `module:function`. UserError when there is none."""
     module_name, _, function_name = name.partition(":")
-    if not (module_name and function_name):
+    if not (module_name and function_name) or module_name.startswith("."):
         raise UserError(f"{name!r}: expected module:function, for example my_model:make")
     sys.path.insert(0, "")  # a module in the current folder, as python -m would find it
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from .cases import CASES, DIRECTIONS, DTYPES, SETS, Case, select
@@ -67,9 +67,12 @@ def add_arguments(run: argparse.ArgumentParser) -> None:
                       "B,H,Lq,Lk,D the op to call (default there: masked_attention)")  # fmt: skip
     given = run.add_argument_group("with --workload B,H,Lq,Lk,D")
     given.add_argument("--multiplier", metavar="AXES", help="b1qk: a letter where an axis is full, "
-                       "1 where it broadcasts; none (default: b1qk if no --bias)")  # fmt: skip
-    given.add_argument("--bias", metavar="AXES", help="the same for the added mask (default: none)")
-    given.add_argument("--pattern", help="for example 'Toeplitz(64) & Causal()'")
+                       "1 where it broadcasts; none (default: b1qk if no --bias; none for other "
+                       "ops)")  # fmt: skip
+    given.add_argument("--bias", metavar="AXES", help="the same for the added mask (default: none; "
+                       "of window_attention: 1hqk)")  # fmt: skip
+    given.add_argument("--pattern", help="for example 'Toeplitz(64) & Causal()' (default: none; of "
+                       "ops with a local half: Toeplitz(15))")  # fmt: skip
     given.add_argument("--key-mask", action="store_true", help="padded keys")
     how = run.add_argument_group("how")
     cells = "comma-separated (default: those of each case), of "
@@ -152,7 +155,7 @@ def _workload_cases(text: str, args, ops: list[str] | None) -> list[Case]:
         if len(sizes) != 5:
             raise ValueError(f"--workload {text!r}: expected five numbers B,H,Lq,Lk,D")
         op = ops[0] if ops else "masked_attention"
-        problem = dict(zip(("B", "H", "Lq", "Lk", "D"), sizes, strict=True)) | _masks(args)
+        problem = dict(zip(_SIZES, sizes, strict=True)) | _options(args, op)
         return [_given("given-" + "x".join(map(str, sizes)), op, problem)]
     if text.startswith("Problem("):
         return [_parsed(text, ops[0] if ops else "masked_attention")]
@@ -173,18 +176,47 @@ def _workload_cases(text: str, args, ops: list[str] | None) -> list[Case]:
     return cases
 
 
-def _masks(args) -> dict:
-    multiplier = args.multiplier or ("none" if args.bias else "b1qk")
-    given = {"multiplier": multiplier, "bias": args.bias or "none"}
-    for name, axes in given.items():
-        if axes != "none" and not re.fullmatch("[b1][h1][q1][k1]", axes):
+_SIZES = ("B", "H", "Lq", "Lk", "D")
+
+
+def _options(args, op: str) -> dict:
+    """What a problem has beside its sizes: the given options, else those of the op's example."""
+    from . import ops as pages
+
+    if pages.missing(op):
+        return {}
+    page = pages.page(op)
+    given = {name: getattr(args, name) for name in ("multiplier", "bias", "pattern")}
+    for name in ("multiplier", "bias"):
+        axes = given[name]
+        if axes not in (None, "none") and not re.fullmatch("[b1][h1][q1][k1]", axes):
             raise ValueError(
                 f"--{name} {axes!r}: expected none, or bhqk with a 1 where an axis broadcasts"
             )
-    found = {name: axes for name, axes in given.items() if axes != "none"}
-    if args.pattern:
-        found["pattern"] = args.pattern
-    return found | ({"key_mask": True} if args.key_mask else {})
+    given = {name: value for name, value in given.items() if value}
+    if args.key_mask:
+        given["key_mask"] = True
+    known = {field.name for field in fields(page.Problem)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name.replace('_', '-')}: {op} has no such operand")
+    if args.pattern and not args.pattern.startswith("Windows("):  # which needs the sizes
+        _check_pattern(args.pattern)
+    usual = {name: value for name, value in page.EXAMPLE.items() if name not in _SIZES}
+    if "bias" in given:
+        usual.pop("multiplier", None)
+    return {name: value for name, value in (usual | given).items() if value != "none"}
+
+
+def _check_pattern(text: str) -> None:
+    import torch
+
+    from python_ref.inputs import Problem, draw_pattern
+
+    try:
+        draw_pattern(Problem(B=1, H=1, Lq=1, Lk=1, D=1, pattern=text), torch.Generator())
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"--pattern {text!r}: {error}") from None
 
 
 def _given(name: str, op: str, problem: dict, dtypes: tuple[str, ...] = ("fp32", "bf16")) -> Case:

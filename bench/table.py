@@ -185,13 +185,11 @@ def _targets(rows: list[dict]) -> str:
             first = next(iter(by_allocator.values()))
             mine = ours.get((case, dtype, direction, first["allocator"]))
             ratios = [
-                ("" if row["target_met"] else "**no** ") + _ratio(row)
-                if (row := by_allocator.get(name)) is not None
-                else ""
+                _held(row) if (row := by_allocator.get(name)) is not None else ""
                 for name in ("default", "kept")
             ]
             label = f"{case}, {_DIRECTIONS[direction]}"
-            time = f"{mine['median_ms']:.4g}" if mine else ""
+            time = f"{mine['median_ms']:.4g}" if mine and "median_ms" in mine else ""
             lines.append(
                 f"| {label} | {dtype} | {contender} | {time} | {ratios[0]} | {ratios[1]} "
                 f"| {first['target']:.4g} |"
@@ -207,9 +205,15 @@ def _targets(rows: list[dict]) -> str:
         + f", target {row['target']:g}"
         + ("" if row["target_met"] else ", **no**")
         for row in rows
-        if row["measure"] in ("memory", "overhead") and "target" in row and "error" not in row
+        if row["measure"] in ("memory", "overhead") and "target_met" in row
     ]
     return "\n\n".join([*parts, "\n".join(lines), _summary(rows)]) + "\n"
+
+
+def _held(row: dict) -> str:
+    if "target_met" not in row:  # it failed or was wrong, or ours was
+        return "not measured"
+    return ("" if row["target_met"] else "**no** ") + _ratio(row)
 
 
 def _origin(rows: list[dict]) -> str:

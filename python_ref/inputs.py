@@ -298,10 +298,15 @@ def draw_pattern(p: Problem, generator: torch.Generator) -> object:
     return [_parse_pattern(text, p, generator) for text in p.pattern]
 
 
+_PATTERNS = ("BlockDiagonal", "Toeplitz", "DilatedToeplitz", "Causal", "Segments")
+
+
 def _parse_pattern(text: str | None, p: Problem, generator: torch.Generator) -> object:
     whole = None
     for term in (text or "").split("&") if text else []:
         call = ast.parse(term.strip(), mode="eval").body
+        if getattr(getattr(call, "func", None), "id", None) not in _PATTERNS:
+            raise ValueError(f"pattern {term.strip()!r}: expected one of {', '.join(_PATTERNS)}")
         arguments = [ast.literal_eval(a) for a in call.args]
         options = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         if call.func.id == "Segments":

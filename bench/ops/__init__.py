@@ -2,7 +2,8 @@
 
     Problem                         frozen dataclass: B and dtype among its fields, .but(**changes),
                                     and a repr that Problem.parse reads back
-    EXAMPLE                         keyword -> value: sizes of `--workload B,H,Lq,Lk,D`
+    EXAMPLE                         keyword -> value: a call; what it has beside B, H, Lq, Lk, D is
+                                    the default of `--workload B,H,Lq,Lk,D`
     OUTPUTS                         names of what a call returns
     draw(problem, device)           operands
     arguments(operands)             what a contender's call gets, in order

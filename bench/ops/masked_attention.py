@@ -49,7 +49,7 @@ from .masked_attention_peers import PEERS, usual_peers
 __all__ = ["PEERS", "Problem", "usual_peers"]
 
 OUTPUTS = ("out",)
-EXAMPLE = {"B": 1, "H": 8, "Lq": 1024, "Lk": 1024, "D": 64}
+EXAMPLE = {"B": 1, "H": 8, "Lq": 1024, "Lk": 1024, "D": 64, "multiplier": "b1qk"}
 FULL_PAIRS = 2**24
 SLICE_ROWS = 64
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}

@@ -11,7 +11,6 @@ from bench.contender import Peer
 from python_ref.inputs import Operands, Problem
 
 from .masked_attention import (
-    EXAMPLE,
     OUTPUTS,
     arguments,
     draw,
@@ -30,6 +29,8 @@ __all__ = [
     "EXAMPLE", "OUTPUTS", "PEERS", "Problem", "arguments", "draw", "expected", "flops", "grad_outs",
     "label", "least_bytes", "leaves", "score_size", "tiny", "usual_peers",
 ]  # fmt: skip
+
+EXAMPLE = {"B": 64, "H": 6, "Lq": 144, "Lk": 144, "D": 32, "bias": "1hqk"}
 
 
 def ours(operands: Operands, backend: str):

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import time
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,16 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     model, batch = _made(args.factory)
+    if batch is not None:  # a batch that does not fit is the model's own error, from its own code
+        with torch.no_grad():
+            call(model, batch)
     try:
         mask = None
         if args.learned_mask is not None:
             mask = LearnedMask(args.learned_mask, scope=args.scope, fusion=args.fusion)
-        report = swap(model, learned_mask=mask, backend=args.backend, strict=args.strict)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing was swapped is the report itself
+            report = swap(model, learned_mask=mask, backend=args.backend, strict=args.strict)
     except (SwapError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from None
     print(report)
@@ -67,9 +73,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.factory} returned no batch beside the model: nothing checked, nothing timed")
         return 0
     print()
-    found = report.check(batch)
-    print()
-    before, after = step_seconds(report, batch, args.steps)
+    try:
+        found = report.check(batch)
+        print()
+        before, after = step_seconds(report, batch, args.steps)
+    except ValueError as error:  # left padding under a learned mask, no gradient to compare, ...
+        raise UserError(" ".join(str(error).split())) from None
     print(
         f"training step (forward, backward, AdamW), median of {args.steps}, "
         f"{torch.get_num_threads()} threads\n"
@@ -81,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _made(factory: str) -> tuple[nn.Module, object]:
     name, _, function = factory.partition(":")
-    if not name or not function:
+    if not name or not function or name.startswith("."):
         raise UserError(f"{factory!r} must be MODULE:FUNCTION, for example my_project.models:build")
     if (here := os.getcwd()) not in sys.path:  # as python -m does for the program itself
         sys.path.insert(0, here)

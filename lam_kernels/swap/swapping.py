@@ -144,10 +144,10 @@ def _check_arguments(model, learned_mask, patterns, backend) -> None:
     if backend is not None and backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)} or None, got {backend!r}")
     if isinstance(patterns, Mapping):
-        names = [name for name, _ in model.named_modules()]
+        names = [name for name, module in model.named_modules() if family_of(module)]
         for name in patterns:
             if not any(fnmatchcase(other, name) for other in names):
-                raise ValueError(f"patterns: no module is called {name!r}")
+                raise ValueError(f"patterns: no attention module is called {name!r}")
     elif not isinstance(patterns, Pattern | Sequence | None) or isinstance(patterns, str):
         raise TypeError(
             "patterns must be a pattern, a sequence of one pattern (or None) a head, or a mapping "

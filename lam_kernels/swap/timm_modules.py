@@ -26,7 +26,9 @@ def _plain_forward(
         module, query, key, value, tokens=x, bias=bias, attn_mask=visible, causal=is_causal,
         scale=module.scale, dropout_p=module.attn_drop.p if module.training else 0.0,
     )  # fmt: skip
-    out = module.norm(out.transpose(1, 2).flatten(2))
+    out = out.transpose(1, 2).flatten(2)
+    if getattr(module, "norm", None) is not None:  # as the gate, of later versions
+        out = module.norm(out)
     if getattr(module, "gate", None) is not None:
         out = out * module.gate(x).sigmoid()
     return module.proj_drop(module.proj(out))

@@ -34,6 +34,9 @@ class SwappedMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        alone = attn_mask is None and key_padding_mask is None and not need_weights
+        if query.is_nested and query is key is value and alone and not self.training:
+            return self._packed(query), None
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError("nested tensors are not served: pad, and pass key_padding_mask")
         if is_causal and attn_mask is None:
@@ -75,6 +78,15 @@ class SwappedMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _packed(self, tokens: Tensor) -> Tensor:
+        """Self-attention of the nested tensor that an nn.TransformerEncoder around a swapped layer
+        makes of a padded batch in eval, and unpacks at its end."""
+        padded = tokens.to_padded_tensor(0.0)
+        lengths = torch.tensor([len(x) for x in tokens.unbind()], device=padded.device)
+        hidden = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
+        out, _ = self.forward(padded, padded, padded, hidden, need_weights=False)
+        return torch._nested_tensor_from_mask(out, ~hidden)
 
     def _project(self, query, key, value, query_is_key: bool, key_is_value: bool):
         """[B, H, L, D] each; views of as few products as the identity of the inputs allows."""

@@ -63,7 +63,8 @@ def interface_attention(
     """transformers' attention function: what the registered name stands for.
 
     attention_mask None means "no padding": causality is then applied here, by the keyword or else
-    the module's attribute (transformers' own rule for sdpa).
+    the module's attribute (transformers' own rule for sdpa). Masks made for eager attention have
+    the causality in them: without one nothing is hidden.
     """
     for name, what in _OTHER_FORMULAS.items():
         if keywords.get(name) is not None:
@@ -81,9 +82,7 @@ def interface_attention(
         query = query.expand(key.shape[0], -1, -1, -1)
     causal, bias, visible = False, position_bias, None
     if attention_mask is None:
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        causal = bool(is_causal) and query.shape[2] > 1
+        causal = query.shape[2] > 1 and _is_causal(module, is_causal)
     elif attention_mask.dtype == torch.bool:
         visible = attention_mask
     else:
@@ -93,6 +92,19 @@ def interface_attention(
         causal=causal, scale=scaling, dropout_p=dropout,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: nn.Module, keyword: bool | None) -> bool:
+    made_for = getattr(getattr(module, "config", None), "_masks_made_for", NAME)
+    if made_for in ("eager", None):
+        return False
+    said = getattr(module, "is_causal", None) if keyword is None else keyword
+    if said is None and made_for == NAME:
+        raise ValueError(
+            f"{type(module).__name__} does not say whether it is causal, and there is no mask: "
+            'use attn_implementation="eager" and lam_kernels.swap.swap(model)'
+        )
+    return said is None or bool(said)
 
 
 def is_known(module: nn.Module) -> bool:
@@ -175,7 +187,11 @@ def _view_class(config_class: type) -> type:
     return type(
         f"Swapped{config_class.__name__}",
         (config_class,),
-        {"_attn_implementation": NAME, "__reduce_ex__": _reduce_view},
+        {
+            "_attn_implementation": NAME,
+            "_masks_made_for": getattr(config_class, "_attn_implementation", None),  # a property
+            "__reduce_ex__": _reduce_view,
+        },
     )
 
 

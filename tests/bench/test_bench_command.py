@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from bench import check, memory, record, table
+from bench import check, memory, ops, record, table
 from bench.__main__ import main
 from bench.lines import describe
 from bench.ops import masked_attention as page
@@ -93,6 +93,11 @@ def test_environment_of_the_allocators(monkeypatch):
         (["run", "--workload", "8,12,197,64"], "expected five numbers B,H,Lq,Lk,D"),
         (["run", "--workload", "Problem(L=3)"], "not a problem of masked_attention"),
         (["run", "--workload", "1,1,8,8,4", "--multiplier", "bqk"], "--multiplier 'bqk'"),
+        (["run", "--workload", "1,1,8,8,4", "--pattern", "Band(3)"], "expected one of BlockDiag"),
+        (["run", "--workload", "1,1,8,8,4", "--pattern", "Toeplitz(-3)"], "radius must be"),
+        (["run", "--workload", "1,1,8,8,4", "--pattern", "Toeplitz("], "--pattern 'Toeplitz('"),
+        (["run", "--workload", "1,1,8,8,4", "--op", "score_masked_attention", "--bias", "11qk"],
+         "--bias: score_masked_attention has no such operand"),
         (["run", "--workload", "W1", "--batch", "half"], "--batch 'half'"),
         (["run", "--samples", "0"], "--samples must be more than 0"),
         (["run", "--graph"], "need --device cuda"),
@@ -100,6 +105,8 @@ def test_environment_of_the_allocators(monkeypatch):
         (["run", "--case", "smoke-dense", "--backend", "quantum"], "backend 'quantum'"),
         (["run", "--direction", "call", "--backend", "reference"], "no chosen case"),
         (["table", "--results", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["table", "--results", "."], "Is a directory: '.'"),
+        (["report", "--output", f"{__file__}/page"], "Not a directory"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_sentence_and_code_2(arguments, sentence, monkeypatch, capsys):
@@ -114,6 +121,13 @@ def test_refusals_are_one_sentence_and_code_2(arguments, sentence, monkeypatch, 
     assert error.startswith("bench: ")
     assert error.count("\n") == 1
     assert sentence in error
+
+
+@pytest.mark.parametrize("op", [op for op in ops.NAMES if not ops.missing(op)])
+def test_given_sizes_are_a_problem_of_every_op(op, capsys):
+    asked = f"run --workload 1,2,10,10,8 --op {op} --peer none --dtype fp32 --samples 3 --no-save"
+    assert main([*asked.split(), "--allocator", record.allocator_of()]) == 0
+    assert "ms (" in capsys.readouterr().out
 
 
 def test_a_broken_results_file_is_named_with_its_line(tmp_path, capsys):
@@ -257,7 +271,15 @@ def test_brief_table_has_one_line_a_held_comparison():
             | {"allocator": allocator, "contender": "compile", "ours_over_this": ratio}
             | {"target": 0.7, "target_met": ratio <= 0.7}
         )
+    wrong = {"contender": "compile", "error": "wrong result", "target": 0.7}
+    rows += [
+        {k: v for k, v in origin.items() if k != "median_ms"}
+        | {"case": "dense-L197", "allocator": "default"}
+        | row
+        for row in ({"contender": "ours", "error": "killed"}, wrong)
+    ]
     text = table.render_brief(rows)
+    assert "| dense-L197, forward + backward | fp32 | compile |  | not measured |  | 0.7 |" in text
     line = "| dense-L50, forward + backward | fp32 | compile | 2 | 0.50 | **no** 0.90 | 0.7 |"
     assert text.count("dense-L50, forward") == 1
     assert line in text

@@ -95,6 +95,10 @@ def test_memory_is_compared_without_noise():
     assert _verdicts([peak(100.0)], [peak(130.0)])[0] == ["slower"]
     assert _verdicts([peak(100.0)], [peak(60.0)])[0] == ["faster"]
     assert _verdicts([peak(0.2)], [peak(0.9)])[0] == ["same"]  # a page of the allocator
+    both = [timed(2.0, peak_mib=mib) for mib in (100.0, 130.0)]
+    verdicts, found = _verdicts(both[:1], both[1:])
+    assert verdicts == ["slower", "same"]
+    assert found.regressed
 
 
 def test_other_versions_give_no_drift():
@@ -176,12 +180,14 @@ def test_rounds_are_pooled_with_the_widest_spread():
     assert pooled["ours"]["median_ms"] == 2.5
     assert (pooled["ours"]["p20_ms"], pooled["ours"]["p80_ms"]) == (0.99 * 2.0, 1.01 * 3.0)
     assert pooled["ours"]["samples"] == 18
+    rounds = [[timed(2.0, peak_mib=mib)] for mib in (10.0, 30.0)]
+    assert against.pooled(rounds)[0]["peak_mib"] == 20.0
     assert pooled["x"]["error"] == "no"
 
 
 def test_against_takes_the_options_of_run_only():
     given = ["compare", "--against", "HEAD~1", "--case", "x", "--threshold=0.2", "--rounds", "3",
-             "--all", "--quick"]  # fmt: skip
+             "--all", "--no-save", "--quick"]  # fmt: skip
     assert against._run_options(given) == ["--case", "x", "--quick"]
 
 

@@ -195,6 +195,7 @@ def test_what_cannot_be_fused_is_profiled_as_it_is(user_module, capsys, function
     [
         (["no_such_module:make"], "No module named 'no_such_module'"),
         (["profiled_by_a_user"], "expected module:function"),
+        ([".profiled_by_a_user:make"], "expected module:function"),
         (["profiled_by_a_user:number"], "has no function number"),
         (["profiled_by_a_user:dictionary"], "returned dict: expected a step to call"),
         (["profiled_by_a_user:make", "--steps", "0"], "at least 1"),

@@ -255,7 +255,8 @@ def test_a_backend_that_cannot_serve_is_the_reason():
     [
         ({"learned_mask": 8}, "learned_mask must be a LearnedMask or None, got int"),
         ({"patterns": "Causal"}, "patterns must be"),
-        ({"patterns": {"nothing.*": Toeplitz(1)}}, "no module is called 'nothing"),
+        ({"patterns": {"nothing.*": Toeplitz(1)}}, "no attention module is called 'nothing"),
+        ({"patterns": {"encoder.layers.0": Toeplitz(1)}}, "no attention module is called 'enc"),
         ({"backend": "fast"}, "backend must be one of cpu"),
     ],
 )
@@ -312,7 +313,7 @@ def test_check_in_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("fault", ["scale", "padding", "gradient"])
+@pytest.mark.parametrize("fault", ["scale", "padding", "gradient", "lost"])
 def test_check_finds_planted_faults(fault, dtype, monkeypatch):
     import lam_kernels
 
@@ -325,6 +326,8 @@ def test_check_finds_planted_faults(fault, dtype, monkeypatch):
             options["bias"] = options["bias"].clamp(min=-5)
         elif fault == "gradient":
             value = value.detach() + 0.999 * (value - value.detach())
+        elif fault == "lost":
+            query, key, value = query.detach(), key.detach(), value.detach()
         return right(query, key, value, **options)
 
     model, batch = Model().to(dtype), inputs()
@@ -335,6 +338,16 @@ def test_check_finds_planted_faults(fault, dtype, monkeypatch):
     assert not found.ok
     assert "NOT the same function" in str(found)
     assert not found.worst.ok
+
+
+def test_check_sees_a_nan_in_any_gradient():
+    model = Model()
+    report = swap(model)
+    # the hook stays behind when the model is copied, and this is its module's last gradient
+    model.encoder.layers[0].self_attn.out_proj.bias.register_hook(lambda grad: grad * torch.nan)
+    found = report.check(inputs())
+    assert not found.ok
+    assert (found.worst.module, found.worst.what) == (NAMES[0], "gradients")
 
 
 def test_check_of_another_function_asks_for_the_reference():

@@ -20,6 +20,16 @@ def mixed():
     served, stays = nn.MultiheadAttention(16, 2), nn.MultiheadAttention(16, 2, add_zero_attn=True)
     return nn.ModuleList([served, stays])
 
+def padded():
+    padding = torch.tensor([[True, False, False, False, False, False]] * 2)
+    return build()[0], {"src": build()[1], "src_key_padding_mask": padding}
+
+def frozen():
+    return build()[0].requires_grad_(False), build()[1]
+
+def misfit():
+    return build()[0], torch.randn(2, 6, 15)
+
 def nothing():
     return nn.Linear(2, 2)
 
@@ -68,11 +78,11 @@ def test_without_a_batch_there_is_only_the_report(call):
     assert "nothing checked, nothing timed" in out
 
 
+@pytest.mark.filterwarnings("error")
 def test_nothing_to_swap(call):
-    with pytest.warns(UserWarning, match="nothing to swap"):
-        code, out, _ = call("somebodys_models:nothing")
+    code, out, _ = call("somebodys_models:nothing")
     assert code == 0
-    assert "no attention module found" in out
+    assert out.count("no attention module found") == 1
 
 
 def test_a_swap_that_is_wrong_exits_with_1(call, monkeypatch):
@@ -91,6 +101,7 @@ def test_a_swap_that_is_wrong_exits_with_1(call, monkeypatch):
     ("line", "sentence"),
     [
         ("somebodys_models", "must be MODULE:FUNCTION"),
+        (".somebodys_models:build", "must be MODULE:FUNCTION"),
         ("no_such_module:build", "there is no module no_such_module"),
         ("somebodys_models:missing", "somebodys_models has no function missing"),
         ("somebodys_models:number", "somebodys_models has no function number"),
@@ -110,9 +121,30 @@ def test_mistakes_are_one_sentence(call, line, sentence):
     assert sentence in err
 
 
-def test_an_error_of_the_factory_is_its_own(call):
-    with pytest.raises(ZeroDivisionError):
-        call("somebodys_models:broken")
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("build --learned-mask 3", "tokens has 6 positions"),
+        ("padded --learned-mask 6", "Pad on the right"),
+        ("frozen", "no tensor with a gradient"),
+    ],
+)
+def test_what_cannot_be_checked_is_one_sentence_below_the_report(call, line, sentence):
+    code, out, err = call(f"somebodys_models:{line}")
+    assert code == 2
+    assert "2 attention modules fused" in out
+    assert err.startswith("lam_kernels: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("function", "error"), [("broken", ZeroDivisionError), ("misfit", AssertionError)]
+)
+def test_an_error_of_the_factory_is_its_own(call, function, error):
+    with pytest.raises(error) as found:
+        call(f"somebodys_models:{function}")
+    assert not any("torch_modules" in str(entry.path) for entry in found.traceback)
 
 
 def test_weights_are_as_before(tmp_path):

@@ -83,6 +83,16 @@ def test_masks_and_a_learned_one():
     assert [n for n in module.state_dict() if n.startswith("lam.")]
 
 
+def test_an_attention_without_a_norm_of_its_output():
+    """Earlier versions of timm have none."""
+    model, x = vit(), torch.randn(1, 3, 16, 16)
+    expected = model(x)
+    for block in model.blocks:
+        block.attn._modules.pop("norm", None)
+    swap(model)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_set_fused_attn_does_not_reach_a_built_model(spy):
     """timm reads its switch in constructors: a model that exists is reached by swap() only."""
     model = vit()

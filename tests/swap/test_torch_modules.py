@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lam_kernels import Toeplitz
-from lam_kernels.swap import swap
+from lam_kernels.swap import LearnedMask, swap
 from lam_kernels.swap.torch_modules import SwappedMultiheadAttention
 
 E, H, B, L, S = 12, 3, 2, 5, 7
@@ -195,12 +195,10 @@ def test_wrong_masks_are_named(options, message):
         module(*sequences(), need_weights=False, **options)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused():
-    module = attention(batch_first=True)
-    swap(module)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(2, E)])
+    swap(module := attention(batch_first=True))
+    x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(2, E)])
     with pytest.raises(ValueError, match="nested tensors are not served"):
         module(x, x, x, need_weights=False)
 
@@ -300,6 +298,20 @@ def test_an_encoder_built_of_a_swapped_layer(spy):
     with torch.no_grad(), spy() as seen:
         model(torch.randn(B, S, 16))
     assert seen.forwards == 2
+
+
+@pytest.mark.parametrize("swapped", [0, 1])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_one_layer_of_an_encoder_that_packs(swapped, spy):
+    """The encoder around it was not given to swap(), and packs a padded batch in eval."""
+    model, ((x,), options, valid) = stack("encoder").eval(), arguments("encoder")
+    with torch.no_grad():
+        theirs = model(x, **options)[valid]
+        with swap(model.layers[swapped]), spy() as seen:
+            same(model(x, **options)[valid], theirs)
+        assert seen.forwards == 1
+        swap(model.layers[swapped], learned_mask=LearnedMask(S), patterns=Toeplitz(0))
+        assert not torch.allclose(model(x, **options)[valid], theirs)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder layer"])

@@ -199,6 +199,40 @@ def test_clip_text_is_causal_by_keyword():
     torch.testing.assert_close(after[:, :6], before[:, :6])
 
 
+def bidirectional_text():
+    """A text encoder for eager attention only, whose modules have no is_causal."""
+    from transformers.models.clap.modeling_clap import ClapTextModel
+
+    torch.manual_seed(0)
+    config = transformers.ClapTextConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    )
+    return ClapTextModel(config).eval()
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 9, dtype=torch.long)], ids=["none", "ones"])
+def test_no_mask_of_eager_attention_hides_nothing(mask, spy):
+    model = bidirectional_text()
+    inputs = {"input_ids": batch("bert")["input_ids"], "attention_mask": mask}
+    untouched, exact = run(model, inputs), in_float64(model, inputs)
+    assert len(swap(model, strict=True).changed) == 2
+    with spy() as seen:
+        assert_same(run(model, inputs), untouched, exact)
+    assert seen.forwards == 2
+
+
+def test_a_registered_name_does_not_guess_causality():
+    register_transformers()
+    model = bidirectional_text()
+    model.set_attn_implementation("lam_kernels")
+    with pytest.raises(ValueError, match="does not say whether it is causal"):
+        model(input_ids=batch("bert")["input_ids"])
+
+
 def test_position_bias_of_t5_gets_its_gradient():
     model, inputs = build("t5"), batch("t5")
     swap(model)
