@@ -181,10 +181,10 @@ SCORE = {
         16: (_C(16, 16, 4, 1),),
         32: (_C(16, 32, 4, 1),),
         64: (_C(16, 64, 8, 1),),
-        128: (_C(16, 128, 16, 1),),
+        128: (_C(16, 128, 8, 1),),
     },
 }
-SCORE_CHUNK = 64  # of the head dim, at a time
+SCORE_CHUNK = 32  # of the head dim, or of the layers, at a time: at most
 
 # bytes of shared memory that one program may use, by compute capability (CUDA programming guide)
 SHARED_LIMITS = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
@@ -302,6 +302,13 @@ def score(kernel: str, width: int, Lq: int, device: torch.device) -> Configurati
     if device.type == "cpu":
         return entries[-1]
     return next((one for one in entries if one.block_m < 2 * Lq), entries[-1])
+
+
+def score_chunk(block: int) -> int:
+    """How much of a head dim, padded to `block`, is multiplied at a time: several chunks, or one
+    wider than a tile of 16 rows. Then warps go side by side along the columns; they would share the
+    few rows otherwise, each with the whole of the other operand in its registers."""
+    return min(block // 2, SCORE_CHUNK) if block > 16 else SCORE_CHUNK
 
 
 def score_programs(units: int, tiles: int, most: int, device: torch.device) -> tuple[int, int]:
