@@ -146,6 +146,11 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
 AMPERE: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
     ("columns", 2, 32): (_C(32, 64, 8, 2),),
     ("columns", 2, 64): (_C(32, 64, 8, 2),),
+    ("global_local_columns", 2, 128): (_C(32, 32, 8, 1),),
+    ("global_local_tiles", 2, 128): (_C(64, 32, 8, 1),),
+    ("map_gated_forward", 2, 128): (_C(32, 64, 8, 1),),
+    ("map_gated_heads", 2, 128): (_C(16, 32, 4, 1),),
+    ("map_gated_gates", 2, 128): (_C(32, 64, 8, 1),),
 }
 # With a low-rank mask, whose factors and their gradients take registers as well.
 LOW_RANK: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
