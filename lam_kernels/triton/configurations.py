@@ -111,9 +111,9 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 256): (_C(32, 32, 4, 1),),
     },
     "map_gated_forward": {
-        (2, 32): (_C(64, 64, 4, 2),),
-        (2, 64): (_C(64, 64, 4, 2),),
-        (2, 128): (_C(64, 64, 8, 2),),
+        (2, 32): (_C(32, 64, 8, 1),),
+        (2, 64): (_C(32, 64, 8, 1),),
+        (2, 128): (_C(32, 64, 8, 1),),
         (2, 256): (_C(32, 32, 4, 1),),
         (4, 32): (_C(32, 32, 4, 1),),
         (4, 64): (_C(32, 32, 4, 1),),
@@ -121,9 +121,9 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 256): (_C(16, 16, 8, 1),),
     },
     "map_gated_heads": {
-        (2, 32): (_C(64, 64, 8, 2),),
-        (2, 64): (_C(64, 64, 8, 2),),
-        (2, 128): (_C(32, 64, 8, 1),),
+        (2, 32): (_C(32, 32, 8, 1),),
+        (2, 64): (_C(32, 32, 8, 1),),
+        (2, 128): (_C(16, 32, 4, 1),),
         (2, 256): (_C(32, 32, 8, 1),),
         (4, 32): (_C(32, 32, 8, 1),),
         (4, 64): (_C(32, 32, 8, 1),),
@@ -148,8 +148,8 @@ AMPERE: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
     ("columns", 2, 64): (_C(32, 64, 8, 2),),
     ("global_local_columns", 2, 128): (_C(32, 32, 8, 1),),
     ("global_local_tiles", 2, 128): (_C(64, 32, 8, 1),),
-    ("map_gated_forward", 2, 128): (_C(32, 64, 8, 1),),
-    ("map_gated_heads", 2, 128): (_C(16, 32, 4, 1),),
+    ("map_gated_heads", 2, 32): (_C(16, 32, 4, 1),),
+    ("map_gated_heads", 2, 64): (_C(16, 32, 4, 1),),
     ("map_gated_gates", 2, 128): (_C(32, 64, 8, 1),),
 }
 # With a low-rank mask, whose factors and their gradients take registers as well.
