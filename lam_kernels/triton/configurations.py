@@ -132,8 +132,8 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
     },
     "map_gated_gates": {
         (2, 32): (_C(64, 64, 8, 2),),
-        (2, 64): (_C(64, 64, 8, 2),),
-        (2, 128): (_C(64, 64, 8, 1),),
+        (2, 64): (_C(32, 64, 8, 1),),
+        (2, 128): (_C(32, 64, 8, 1),),
         (2, 256): (_C(32, 32, 8, 1),),
         (4, 32): (_C(32, 32, 8, 1),),
         (4, 64): (_C(32, 32, 8, 1),),
@@ -150,7 +150,6 @@ AMPERE: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
     ("global_local_tiles", 2, 128): (_C(64, 32, 8, 1),),
     ("map_gated_heads", 2, 32): (_C(16, 32, 4, 1),),
     ("map_gated_heads", 2, 64): (_C(16, 32, 4, 1),),
-    ("map_gated_gates", 2, 128): (_C(32, 64, 8, 1),),
 }
 # With a low-rank mask, whose factors and their gradients take registers as well.
 LOW_RANK: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
