@@ -111,9 +111,9 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 256): (_C(32, 32, 4, 1),),
     },
     "map_gated_forward": {
-        (2, 32): (_C(64, 64, 4, 2),),
-        (2, 64): (_C(64, 64, 4, 2),),
-        (2, 128): (_C(64, 64, 8, 2),),
+        (2, 32): (_C(32, 64, 8, 1),),
+        (2, 64): (_C(32, 64, 8, 1),),
+        (2, 128): (_C(32, 64, 8, 1),),
         (2, 256): (_C(32, 32, 4, 1),),
         (4, 32): (_C(32, 32, 4, 1),),
         (4, 64): (_C(32, 32, 4, 1),),
@@ -121,9 +121,9 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (4, 256): (_C(16, 16, 8, 1),),
     },
     "map_gated_heads": {
-        (2, 32): (_C(64, 64, 8, 2),),
-        (2, 64): (_C(64, 64, 8, 2),),
-        (2, 128): (_C(32, 64, 8, 1),),
+        (2, 32): (_C(32, 32, 8, 1),),
+        (2, 64): (_C(32, 32, 8, 1),),
+        (2, 128): (_C(16, 32, 4, 1),),
         (2, 256): (_C(32, 32, 8, 1),),
         (4, 32): (_C(32, 32, 8, 1),),
         (4, 64): (_C(32, 32, 8, 1),),
@@ -132,8 +132,8 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
     },
     "map_gated_gates": {
         (2, 32): (_C(64, 64, 8, 2),),
-        (2, 64): (_C(64, 64, 8, 2),),
-        (2, 128): (_C(64, 64, 8, 1),),
+        (2, 64): (_C(32, 64, 8, 1),),
+        (2, 128): (_C(32, 64, 8, 1),),
         (2, 256): (_C(32, 32, 8, 1),),
         (4, 32): (_C(32, 32, 8, 1),),
         (4, 64): (_C(32, 32, 8, 1),),
@@ -146,6 +146,10 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
 AMPERE: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
     ("columns", 2, 32): (_C(32, 64, 8, 2),),
     ("columns", 2, 64): (_C(32, 64, 8, 2),),
+    ("global_local_columns", 2, 128): (_C(32, 32, 8, 1),),
+    ("global_local_tiles", 2, 128): (_C(64, 32, 8, 1),),
+    ("map_gated_heads", 2, 32): (_C(16, 32, 4, 1),),
+    ("map_gated_heads", 2, 64): (_C(16, 32, 4, 1),),
 }
 # With a low-rank mask, whose factors and their gradients take registers as well.
 LOW_RANK: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
@@ -181,10 +185,10 @@ SCORE = {
         16: (_C(16, 16, 4, 1),),
         32: (_C(16, 32, 4, 1),),
         64: (_C(16, 64, 8, 1),),
-        128: (_C(16, 128, 16, 1),),
+        128: (_C(16, 128, 8, 1),),
     },
 }
-SCORE_CHUNK = 64  # of the head dim, at a time
+SCORE_CHUNK = 32  # of the head dim, or of the layers, at a time: at most
 
 # bytes of shared memory that one program may use, by compute capability (CUDA programming guide)
 SHARED_LIMITS = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
@@ -302,6 +306,13 @@ def score(kernel: str, width: int, Lq: int, device: torch.device) -> Configurati
     if device.type == "cpu":
         return entries[-1]
     return next((one for one in entries if one.block_m < 2 * Lq), entries[-1])
+
+
+def score_chunk(block: int) -> int:
+    """How much of a head dim, padded to `block`, is multiplied at a time: several chunks, or one
+    wider than a tile of 16 rows. Then warps go side by side along the columns; they would share the
+    few rows otherwise, each with the whole of the other operand in its registers."""
+    return min(block // 2, SCORE_CHUNK) if block > 16 else SCORE_CHUNK
 
 
 def score_programs(units: int, tiles: int, most: int, device: torch.device) -> tuple[int, int]:

@@ -45,8 +45,8 @@ def _settings(
         "D": D,
         "DV": Dv,
         "BLOCK_D": _block_of(D),
-        "CHUNK": min(_block_of(D), configurations.SCORE_CHUNK),
-        "CHUNK_V": min(_block_of(Dv), configurations.SCORE_CHUNK),
+        "CHUNK": configurations.score_chunk(_block_of(D)),
+        "CHUNK_V": configurations.score_chunk(_block_of(Dv)),
         "BLOCK_M": chosen.block_m,
         "W": W,
         "MULTIPLY": multiply,
@@ -93,7 +93,7 @@ def score_masked_attention_bwd(
     layers, hidden, W = _network(widths)
     chosen = configurations.score("score_masked_backward", W, Lq, query.device)
     tiles, units = triton.cdiv(Lq, chosen.block_m), B if mean else B * H
-    kept = layers * chosen.block_m * W  # elements of a program's activations
+    kept = (layers + 2) * chosen.block_m * W  # elements of a program's activations
     sums = layers * (W + 1) * W if needs[3] else 0  # of its parameters' gradient
     groups, splits = configurations.score_programs(
         units, tiles, SCRATCH_BYTES // (4 * (kept + sums)), query.device
@@ -117,6 +117,7 @@ def score_masked_attention_bwd(
             query.new_empty(programs * kept, dtype=torch.float32), scale,
             B, H, Lq, Lk, tiles, layers, hidden, units, groups, splits,
             BLOCK_DV=_block_of(value.shape[3]),
+            CHUNK_W=min(W, configurations.SCORE_CHUNK),
             **_settings(query, value, W, multiply, mean, chosen),
         )  # fmt: skip
     found = [None if x is None else x.sum(0) for x in grads[1:4]]

@@ -81,38 +81,30 @@ def layer_place(layer, layers, Lk, hidden):
 
 
 @triton.jit
-def layer_weight(parameters, first, rows, columns, W: tl.constexpr):
-    i = tl.arange(0, W)[:, None]
-    j = tl.arange(0, W)[None, :]
+def layer_weight(parameters, first, i, j, rows, columns):
+    """A weight's rows i and columns j, expanded; zeros outside."""
     inside = (i < rows) & (j < columns)
     return tl.load(parameters + first + i * columns + j, mask=inside, other=0.0)
 
 
 @triton.jit
-def apply_network(
-    parameters, x, kept, layers, Lk, hidden,
-    W: tl.constexpr, BLOCK_M: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """M of the network's input x [BLOCK_M, W].
-
-    KEEP: the input of every layer goes to `kept`, [layers, BLOCK_M, W].
-    """
-    j = tl.arange(0, W)
-    for layer in range(0, layers):
-        if KEEP:
-            tl.store(kept_places(kept, layer, W, BLOCK_M), x)
-        first, rows, columns = layer_place(layer, layers, Lk, hidden)
-        weight = layer_weight(parameters, first, rows, columns, W)
-        bias = tl.load(parameters + first + rows * columns + j, mask=j < columns, other=0.0)
-        y = tl.dot(x, weight, input_precision=_FLOAT32) + bias[None, :]
-        x = tl.where((y < 0) & (layer < layers - 1), 0.0, y)  # NaN stays
-    return x
+def layer_output(parameters, product, first, j, rows, columns, last):
+    """What a layer makes of columns j of X W."""
+    bias = tl.load(parameters + first + rows * columns + j, mask=j < columns, other=0.0)
+    y = product + bias[None, :]
+    return tl.where((y < 0) & (last == 0), 0.0, y)  # NaN stays
 
 
 @triton.jit
-def kept_places(kept, layer, W: tl.constexpr, BLOCK_M: tl.constexpr):
-    i = tl.arange(0, BLOCK_M)[:, None]
-    return kept + (layer * BLOCK_M + i) * W + tl.arange(0, W)[None, :]
+def _apply_network(parameters, x, layers, Lk, hidden, W: tl.constexpr):
+    """M of the network's input x [BLOCK_M, W]."""
+    j = tl.arange(0, W)
+    for layer in range(0, layers):
+        first, rows, columns = layer_place(layer, layers, Lk, hidden)
+        weight = layer_weight(parameters, first, j[:, None], j[None, :], rows, columns)
+        y = tl.dot(x, weight, input_precision=_FLOAT32)
+        x = layer_output(parameters, y, first, j, rows, columns, layer == layers - 1)
+    return x
 
 
 @triton.jit
@@ -157,7 +149,7 @@ def score_masked_forward_kernel(
     s, x = network_input(
         o, batch, head, row, column, seen, scale, H, Lq, Lk, MEAN, D, BLOCK_D, CHUNK, PRECISION
     )
-    m = apply_network(o.parameters, x, out, layers, Lk, hidden, W, BLOCK_M, False)
+    m = _apply_network(o.parameters, x, layers, Lk, hidden, W)
     _store_out(
         o, out, s, m, seen, batch * H + head, batch, head, row, column, Lq, Lk,
         DV, CHUNK_V, MULTIPLY, PRECISION,

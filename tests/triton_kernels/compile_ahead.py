@@ -283,10 +283,25 @@ def table_entries(arch: int, rank: int, op: str) -> Iterator[tuple[str, Configur
                 yield kernel, entry, 4, 64
 
 
+def one_a_kernel(listed: list, arch: int) -> list:
+    """One entry of every kernel. Neighbours in the table, and the next architecture, get other
+    dtype widths and head dims."""
+    kernels: dict[str, list] = {}
+    for one in listed:
+        kernels.setdefault(one[0], []).append(one)
+    return [
+        entries[(3 * number + arch // 10) % len(entries)]
+        for number, entries in enumerate(kernels.values())
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, required=True, help="80, 90, 100")
-    parser.add_argument("--op", choices=TWO_MAPS, default="", help="instead of all other ops")
+    parser.add_argument(
+        "--op", choices=(*TWO_MAPS, "all"), default="", help="instead of all other ops"
+    )
+    parser.add_argument("--one-a-kernel", action="store_true", help="a sample: see one_a_kernel")
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="only this one")
     parser.add_argument("--kernel", help="only this one")
     parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
@@ -300,14 +315,20 @@ def main() -> None:
         for record in compiled_features():
             print(json.dumps(record), flush=True)
         return
-    listed = list(table_entries(given.arch, given.rank, given.op))
-    print(json.dumps({"kernels": len(listed)}), flush=True)
+    ops = ("", *TWO_MAPS) if given.op == "all" else (given.op,)
+    listed = [one for op in ops for one in table_entries(given.arch, given.rank, op)]
+    if given.one_a_kernel:
+        listed = one_a_kernel(listed, given.arch)
+    listed = [
+        (kernel, Configuration(*given.entry) if given.entry else entry, width, head_dim)
+        for kernel, entry, width, head_dim in listed
+        if given.kernel in (None, kernel)
+        and given.width in (None, width)
+        and given.head_dim in (None, head_dim)
+    ]
+    listed = list(dict.fromkeys(listed))
+    print(json.dumps({"entries": len(listed)}), flush=True)
     for kernel, entry, width, head_dim in listed:
-        asked = ((given.head_dim, head_dim), (given.kernel, kernel), (given.width, width))
-        if any(one not in (None, has) for one, has in asked):
-            continue
-        if given.entry:
-            entry = Configuration(*given.entry)
         for record in compiled_launches(given.arch, kernel, entry, width, head_dim, given.rank):
             print(json.dumps(record), flush=True)
 

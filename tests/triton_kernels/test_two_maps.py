@@ -38,7 +38,7 @@ BOTH = {
     "only values": both(Lq=20, D=8, pattern="Toeplitz(2)", grads="v"),
 }  # fmt: skip
 GATED = {
-    "band": gated(Lq=33, D=8, pattern="Toeplitz(4)", dtype="bfloat16"),
+    "band": gated(B=1, H=2, Lq=33, D=8, pattern="Toeplitz(4)", dtype="bfloat16"),
     "renormalised, padding": gated(
         True, B=2, H=1, Lq=33, Dv=24, pattern="BlockDiagonal(8)", key_mask=True, fill="dead"
     ),
@@ -72,7 +72,7 @@ def test_right_and_touching_only_what_is_theirs(case, watched):
 
 REPEATED = {
     "both": BOTH["shared masks"],
-    "gated": GATED["band"],
+    "gated": gated(B=1, H=3, Lq=20, D=8, pattern="BlockDiagonal(16)", dtype="bfloat16"),
 }
 
 
