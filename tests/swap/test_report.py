@@ -312,6 +312,14 @@ def test_check_in_other_dtypes(dtype):
     assert swap(model).check(batch).ok
 
 
+@pytest.mark.parametrize("seed", [17, 23, 35])
+def test_check_is_not_misled_by_a_relu_within_rounding_of_zero(seed):
+    torch.manual_seed(seed)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).half()
+    assert swap(model).check(torch.randn(2, 9, 32, dtype=torch.float16)).ok
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fault", ["scale", "padding", "gradient", "lost"])
 def test_check_finds_planted_faults(fault, dtype, monkeypatch):
