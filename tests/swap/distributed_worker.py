@@ -130,6 +130,14 @@ def main() -> None:
     )
 
     with contextlib.suppress(ModuleNotFoundError):
+        from timm_models import build as timm_model
+
+        for name in ("vit", "swin v2"):
+            model, batch, _ = timm_model(name)
+            expected = gradients(copy.deepcopy(model), batch, everything)
+            swap(model)
+            results[f"timm {name} ddp"] = difference(in_two(model, batch, "ddp"), expected)
+    with contextlib.suppress(ModuleNotFoundError):
         import transformers  # noqa: F401
         from tiny_models import batch as batch_of
         from tiny_models import build

@@ -67,6 +67,12 @@ def test_swapped_transformers_models(differences, name):
     assert differences[f"{name} ddp"] < RTOL
 
 
+@pytest.mark.parametrize("name", ["vit", "swin v2"])
+def test_swapped_timm_models(differences, name):
+    pytest.importorskip("timm_models", reason="timm is not installed")
+    assert differences[f"timm {name} ddp"] < RTOL
+
+
 def test_accelerate_works_unchanged(differences):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     assert differences["accelerate"] < RTOL

@@ -6,55 +6,21 @@ from compared import assert_same, in_float64, run
 
 from lam_kernels.swap import LearnedMask, swap
 
-# with a torchvision built for CUDA beside a torch without it, timm imports only after the two
-# operators that its import looks up are declared
-_library = torch.library.Library("torchvision", "FRAGMENT")
-if torch.version.cuda is None:
-    for name in ("nms", "qnms"):
-        _library.define(f"{name}(Tensor a) -> Tensor")
-timm = pytest.importorskip("timm", reason="timm is not installed: its modules not tested")
+pytest.importorskip("timm_models", reason="timm is not installed: its modules not tested")
 
+import timm
+from timm_models import MODELS, build, vit
 
-def vit(**options):
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5, **options
-    )
-
-
-def swin(version):
-    name = "swin_transformer_v2" if version == 2 else "swin_transformer"
-    module = __import__(f"timm.models.{name}", fromlist=["_"])
-    kind = module.SwinTransformerV2 if version == 2 else module.SwinTransformer
-    return kind(
-        img_size=32, patch_size=2, embed_dim=12, depths=(2, 2), num_heads=(2, 3), window_size=4,
-        num_classes=5, drop_path_rate=0.0,
-    )  # fmt: skip
-
-
-MODELS = {
-    "vit": (vit, 2),
-    "vit with normed queries": (lambda: vit(qk_norm=True), 2),
-    "swin": (lambda: swin(1), 4),
-    "swin v2": (lambda: swin(2), 4),
-}
+by_name = pytest.mark.parametrize("name", MODELS)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@by_name
 def test_same_outputs_and_gradients(name, fused, spy):
-    torch.manual_seed(0)
-    make, modules = MODELS[name]
-    model = make()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
+    model, inputs, modules = build(name)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
-    size = 32 if "swin" in name else 16
-    inputs = {"x": torch.randn(2, 3, size, size)}
     exact, untouched = in_float64(model, inputs), run(model, inputs)
     report = swap(model, strict=True)
     assert len(report.changed) == modules
@@ -67,6 +33,64 @@ def test_same_outputs_and_gradients(name, fused, spy):
     report.undo()
     for key, value in run(model.train(), inputs).items():
         assert torch.equal(value, untouched[key])
+
+
+@by_name
+def test_same_under_autocast(name, spy):
+    model, inputs, modules = build(name)
+    exact, untouched = in_float64(model, inputs), run(model, inputs, autocast=True)
+    swap(model)
+    with spy() as seen:
+        assert_same(run(model, inputs, autocast=True), untouched, exact)
+    assert seen.forwards == modules
+
+
+@by_name
+def test_same_with_gradient_checkpointing(name, spy):
+    model, inputs, modules = build(name)
+    exact, untouched = in_float64(model, inputs), run(model, inputs)
+    swap(model)
+    model.set_grad_checkpointing()
+    with spy() as seen:
+        found = run(model, inputs, backward=True)
+    assert (seen.forwards, seen.backwards) == (2 * modules, modules)  # recomputed
+    assert_same(found, untouched, exact)
+
+
+@by_name
+def test_compiles_to_the_same(name):
+    torch._dynamo.reset()
+    model, inputs, _ = build(name)
+    exact, untouched = in_float64(model, inputs), run(model, inputs)
+    swap(model)
+    found = run(torch.compile(model, backend="aot_eager"), inputs)
+    assert_same({n.removeprefix("_orig_mod."): t for n, t in found.items()}, untouched, exact)
+    torch._dynamo.reset()
+
+
+@by_name
+@pytest.mark.parametrize("first", ["swap", "peft"])
+def test_lora_on_a_swapped_model(name, first):
+    peft = pytest.importorskip("peft", reason="peft is not installed: LoRA not tested")
+
+    def with_lora(model):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=2, target_modules=["qkv", "proj"], init_lora_weights=False)
+        return peft.get_peft_model(model, config)
+
+    model, inputs, modules = build(name)
+    expected = with_lora(model)
+    exact, untouched = in_float64(expected, inputs), run(expected, inputs)
+    model, inputs, modules = build(name)
+    if first == "swap":
+        swap(model)
+        model = with_lora(model)
+    else:
+        model = with_lora(model)
+        assert len(swap(model).changed) == modules
+    got = run(model, inputs)
+    assert_same(got, untouched, exact)
+    assert any("lora" in n for n in got)
 
 
 def test_masks_and_a_learned_one():
