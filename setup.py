@@ -74,9 +74,9 @@ CUDA_SOURCES = [
     for n in ("device", *(f"{op}_{d}" for op in CUDA_OPS for d in ("bf16", "f16", "f32")))
 ]
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0+PTX")
-# A kernel that spills registers is a kernel that was not looked at: the build stops.
+# Another nvcc may spill a register: a warning here, an error in tests/cuda/test_machine_code.py
 NVCC = [
-    *(["-O0", "-g"] if DEBUG else ["-O3", "-Xptxas=-warn-spills", "-Werror=all-warnings"]),
+    *(["-O0", "-g"] if DEBUG else ["-O3", "-Xptxas=-warn-spills"]),
     "-std=c++17",
     "-Icsrc",
     "--threads=4",

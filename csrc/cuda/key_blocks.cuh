@@ -106,7 +106,8 @@ struct QueryStatistics {
 template <int kMaps>
 struct KeyMasks {
   const MaskedAttentionCall& c;
-  MaskTile<false> multiplier, bias;
+  using Tile = MaskTile<false, kMaps == 1>;
+  Tile multiplier, bias;
   uint32_t *visible, *kept, *key_visible;
   QueryStatistics rows, near_rows;
   int words, visible_of = -1, kept_of = -1, keys_of = -1;
@@ -137,7 +138,7 @@ struct KeyMasks {
       keys_of = now.b;
     }
     const int kept_by = (now.b * H + now.h) * now.chunks() + now.chunk;
-    if (kept && kept_of != kept_by) {
+    if (kMaps == 1 && kept && kept_of != kept_by) {
       load_kept(kept, c, now.b, now.h, i, kChunk, j, words, threads);
       kept_of = kept_by;
     }
@@ -146,9 +147,8 @@ struct KeyMasks {
     __syncthreads();
   }
   // Tiles of factors stay for all chunks where they fit: built once for all heads that share them.
-  __device__ __forceinline__ void bring(MaskTile<false>& tile, const KeyWalk<kMaps>& now, bool logarithm,
-                                        const Threads& threads) {
-    const int kept = tile.f.rank > 0 ? c.keys.mask_chunks : 1;
+  __device__ __forceinline__ void bring(Tile& tile, const KeyWalk<kMaps>& now, bool logarithm, const Threads& threads) {
+    const int kept = kMaps == 1 && tile.f.rank > 0 ? c.keys.mask_chunks : 1;
     const int first = kept > 1 ? 0 : now.chunk * kChunk;
     tile.bring(c.p, now.b, now.h, first, kept * kChunk, now.first_key, now.keys(), logarithm, threads);
     if (kept > 1) tile.shown = tile.data + now.chunk * kChunk * tile.pitch;

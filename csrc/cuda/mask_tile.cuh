@@ -9,7 +9,8 @@ namespace {
 // In fp32. One row where the mask has one (pitch 0), one pair of equal columns where it has one column (column_mask 0).
 // A gate's tile holds log M, so that it is a bias to all that follows.
 // kByRows: neighbouring columns are read together; else neighbouring rows (the pitch is for that, see tile_pitch).
-template <bool kByRows>
+// kFactors: whether the op takes a mask by its factors.
+template <bool kByRows, bool kFactors>
 struct MaskTile {
   const View& v;
   const Factors& f;
@@ -32,12 +33,13 @@ struct MaskTile {
   __device__ __forceinline__ bool bring(const MaskedAttentionParams& p, int b, int h, int i, int rows, int j,
                                         int columns, bool logarithm, const Threads& threads) {
     if (!data) return false;
-    const int64_t wanted = f.rank > 0 ? (slice(0, b) * p.H + slice(1, h)) * p.Lq + i
+    const bool built = kFactors && f.rank > 0;
+    const int64_t wanted = built ? (slice(0, b) * p.H + slice(1, h)) * p.Lq + i
                                       : b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
     if (loaded == wanted) return false;
     loaded = wanted;
     const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk);
-    if (f.rank > 0) build_mask_tile<kByRows>(data, pitch, stage, f, b, h, i, rows, Lq, j, columns, Lk, threads);
+    if (built) build_mask_tile<kByRows>(data, pitch, stage, f, b, h, i, rows, Lq, j, columns, Lk, threads);
     else load(wanted, i, rows, Lq, j, columns, Lk, logarithm, threads);
     return true;
   }

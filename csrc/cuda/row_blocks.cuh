@@ -89,7 +89,7 @@ __device__ __forceinline__ void bits_of_rows(const uint32_t* bits, const uint32_
 // Mask tiles and visibility bits of the block's rows and all keys, loaded when the pair that comes needs others.
 struct RowMasks {
   const MaskedAttentionCall& c;
-  MaskTile<true> multiplier, bias;
+  MaskTile<true, true> multiplier, bias;
   uint32_t *visible, *kept, *key_visible;
   int words;
   int visible_of = -1, kept_of = -1, keys_of = -1;
