@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+_SUFFIX = EXTENSION_SUFFIXES[0]
 _REBUILD = "rebuild with `make build` or `pip install -e . --no-build-isolation`"
 
 
