@@ -34,6 +34,10 @@ def test_random_problems(driver, dtype, request):
     flavour, program, problems = driver
     if request.config.getoption("full"):
         problems *= 10
+    elif (flavour, dtype) == ("tsan", "bf16"):
+        pytest.skip(
+            "big: only with --full (make test-full)"
+        )  # their waits and barriers are those of f32
     races = ["races"] if flavour == "tsan" else []
     command = [str(program), dtype, str(problems), "0", *races]
     done = subprocess.run(command, capture_output=True, text=True)
