@@ -56,9 +56,9 @@ class _Rounding(TorchDispatchMode):
 
     def noise(self, size: Tensor) -> Tensor:
         pool = _pool()
-        at = int(torch.randint(_POOL, (1,), generator=self.generator))
         count = size.numel()
-        copies = -(-(at + count) // _POOL)
+        at = int(torch.randint(max(_POOL - count, 1), (1,), generator=self.generator))
+        copies = -(-(at + count) // _POOL)  # seldom two: a copy takes longer than the rest
         drawn = (pool if copies == 1 else pool.repeat(copies))[at : at + count]
         return size * drawn.view(size.shape)
 

@@ -5,20 +5,19 @@ torch.func, autocast, second derivatives, refusals, random problems, determinism
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 import warnings
 
+import levels
 import pytest
 import torch
-from backends import BACKENDS, BY_NAME, TESTS
+from backends import BACKENDS, BY_NAME
+from levels import LEVELS
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 from two_maps import KERNELS, Drawn, both, check, evaluate, gated, random_case
 
 import lam_kernels
-from lam_kernels.ops import _native
 from lam_kernels.patterns import encode
 
 OPS = ("global_local_attention", "map_gated_attention")
@@ -128,6 +127,7 @@ REPEATED = {
 }
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("case", REPEATED)
 def test_same_bits_again(case, threads, backend):
@@ -137,43 +137,16 @@ def test_same_bits_again(case, threads, backend):
         problem = REPEATED[case].but(dtype=dtype)
         first = evaluate(problem, backend)
         check(problem, backend)
-        for _ in range(10 if backend != "reference" else 1):
+        for _ in range(10):
             again = evaluate(problem, backend)
             for name, tensor in first.items():
                 assert torch.equal(tensor, again[name]), name
 
 
-LEVELS = ("portable", "avx2", "avx512", "amx", "amx_emulated")
-
-
-def main(level: str) -> None:
-    """Runs in a subprocess: prints a line for each case that fails."""
-    if _native.level() != level:
-        print(f"asked for {level}, runs {_native.level()}")
-    for op in OPS:
-        for number in range(50_000, 50_005):
-            case = random_case(op, number, "bfloat16" if level.startswith("amx") else None)
-            try:
-                check(case, "cpu")
-            except AssertionError as failure:
-                print(failure, flush=True)
-
-
 @pytest.mark.backend("cpu")
 @pytest.mark.parametrize("level", LEVELS)
 def test_level(level):
-    available = _native.available_levels()
-    if level not in available:
-        pytest.skip(f"cpu level {level}: this machine runs {', '.join(available)}")
-    environment = os.environ | {"LAM_CPU_LEVEL": level, "OMP_WAIT_POLICY": "PASSIVE"}
-    paths = [str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-    done = subprocess.run(
-        [sys.executable, __file__, level], env=environment, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert not done.stdout.strip(), done.stdout
+    levels.assert_silent(__file__, level)
 
 
 # ---- torch's own machinery
@@ -431,5 +404,10 @@ def test_flops(op):
     assert counter.get_total_flops() == 2 * 6 * (forward + backward)
 
 
+def cases_of_a_level(level: str):
+    dtype = "bfloat16" if level.startswith("amx") else None
+    return [random_case(op, number, dtype) for op in OPS for number in range(50_000, 50_005)]
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    levels.print_failures(sys.argv[1], cases_of_a_level(sys.argv[1]), check)
