@@ -19,8 +19,7 @@ class LocalPieces {
 
   LocalPieces(const MaskedAttentionParams& p, const Blocking& s, Arena& arena)
       : p_(p),
-        visibility_(p, arena.take<uint64_t>(s.region_rows * Visibility::words_per_row(s.region_cols)),
-                    arena.take<uint64_t>(Visibility::words_per_row(s.region_cols))),
+        visibility_(p, s.region_rows, s.region_cols, arena),
         ld_(s.tile_cols + V::W),
         scores_(arena.take<T>(s.tile_rows * ld_)) {}
 

@@ -137,7 +137,7 @@ class MapGate {
         s_(sizes),
         gates_(gates),
         products_(p, sizes.blocking, backward, arena),
-        whole_visible_(without_pattern_, key_words(arena, sizes), key_words(arena, sizes)),
+        whole_visible_(without_pattern_, sizes.blocking.region_rows, sizes.blocking.region_cols, arena),
         pieces_(p, sizes.blocking, arena),
         ld_(sizes.ld),
         panel_(p.Lk * V::W) {
@@ -165,10 +165,6 @@ class MapGate {
   }
   MapGate(const MapGate&) = delete;
   MapGate& operator=(const MapGate&) = delete;
-
-  static uint64_t* key_words(Arena& arena, const Sizes& sizes) {
-    return arena.take<uint64_t>(sizes.blocking.region_rows * Visibility::words_per_row(sizes.blocking.region_cols));
-  }
 
   void enter_head(int64_t head, bool backward) {
     b_ = head / p_.H, h_ = head % p_.H;

@@ -112,8 +112,7 @@ struct RegionMasks {
       : p(params),
         has_visibility(Visibility::needed(params)),
         tile_cols(s.tile_cols),
-        visibility(params, arena.take<uint64_t>(has_visibility ? s.region_rows * Visibility::words_per_row(s.region_cols) : 0),
-                   arena.take<uint64_t>(Visibility::words_per_row(s.region_cols))),
+        visibility(params, has_visibility ? s.region_rows : 0, has_visibility ? s.region_cols : 0, arena),
         multiplier(params.multiplier, params.multiplier_factors, params.H, s.region_rows, s.region_cols, arena),
         bias(params.bias, params.bias_factors, params.H, s.region_rows, s.region_cols, arena),
         keep(arena.take<uint64_t>(params.dropout_p > 0 ? s.tile_rows * Visibility::words_per_row(s.tile_cols) : 0)) {}

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../patterns.h"
+#include "arena.h"
 
 namespace lam {
 namespace {
@@ -35,13 +36,18 @@ class Visibility {
   }
   static int64_t words_per_row(int64_t cols) { return (cols + 63) / 64; }
 
-  Visibility(const MaskedAttentionParams& p, uint64_t* words, uint64_t* key_words)
-      : p_(p), words_(words), key_words_(key_words) {}
+  // For regions of at most that many rows and columns.
+  Visibility(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_cols, Arena& arena)
+      : p_(p),
+        words_(arena.take<uint64_t>(max_rows * words_per_row(max_cols))),
+        key_words_(arena.take<uint64_t>(words_per_row(max_cols))),
+        segment_words_(arena.take<uint64_t>(kKeptSegments * words_per_row(max_cols))) {}
 
   void enter(const Region& region) {
     region_ = region;
     ld_ = words_per_row(region.cols);
     b_ = spec_ = attn_ = -1;
+    n_segments_ = 0;
   }
 
   // Makes the bits those of head (b, h), unless they are already.
@@ -49,7 +55,7 @@ class Visibility {
     const int64_t spec = p_.n_patterns > 1 ? h : 0;
     const int64_t attn = p_.attn_mask.data == nullptr ? 0 : b * p_.attn_mask.stride[0] + h * p_.attn_mask.stride[1];
     if (b == b_ && spec == spec_ && attn == attn_) return;
-    if (b != b_) fill_key_words(b);
+    if (b != b_) fill_key_words(b), n_segments_ = 0;
     b_ = b, spec_ = spec, attn_ = attn;
     for (int64_t r = 0; r < region_.rows; ++r) fill_row(r);
   }
@@ -117,6 +123,11 @@ class Visibility {
         for (int64_t w = 0; w < ld_; ++w) row[w] = 0;
         continue;
       }
+      if (!dilated) {
+        const uint64_t* segment = words_of_segment(term.a, i);
+        for (int64_t w = 0; w < ld_; ++w) row[w] &= segment[w];
+        continue;
+      }
       for (int64_t w = 0; w < ld_; ++w) {
         if (row[w] == 0) continue;
         uint64_t bits = 0;
@@ -128,9 +139,39 @@ class Visibility {
     }
   }
 
+  // The keys of query i's segment. Rows of few segments take turns: the last ones are kept.
+  const uint64_t* words_of_segment(int64_t pair, int64_t i) {
+    const SegmentIds& s = p_.segments[pair];
+    const int64_t id = s.query[b_ * s.query_stride_b + i * s.query_stride_l];
+    const int64_t kept = min64(n_segments_, kKeptSegments);
+    for (int64_t n = 0; n < kept; ++n)
+      if (segments_[n].pair == pair && segments_[n].id == id) return segment_words_ + n * ld_;
+    const int64_t slot = n_segments_++ % kKeptSegments;
+    segments_[slot] = {pair, id};
+    uint64_t* words = segment_words_ + slot * ld_;
+    const int64_t stride = s.key_stride_l * region_.step;
+    const int64_t* keys = s.key + b_ * s.key_stride_b + region_.j0 * s.key_stride_l;
+    for (int64_t w = 0; w < ld_; ++w) {
+      const int64_t n = min64(64, region_.cols - w * 64);
+      uint64_t bits = 0;
+      if (stride == 1)
+        for (int64_t k = 0; k < n; ++k) bits |= uint64_t{keys[w * 64 + k] == id} << k;
+      else
+        for (int64_t k = 0; k < n; ++k) bits |= uint64_t{keys[(w * 64 + k) * stride] == id} << k;
+      words[w] = bits;
+    }
+    return words;
+  }
+
+  static constexpr int64_t kKeptSegments = 4;
+  struct Segment {
+    int64_t pair, id;
+  };
+
   const MaskedAttentionParams& p_;
-  uint64_t* words_;
-  uint64_t* key_words_;
+  uint64_t *words_, *key_words_, *segment_words_;
+  Segment segments_[kKeptSegments];
+  int64_t n_segments_ = 0;  // that were met since the region or the sample changed
   Region region_{};
   int64_t ld_ = 0, b_ = -1, spec_ = -1, attn_ = -1;
 };

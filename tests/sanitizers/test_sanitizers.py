@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
@@ -67,10 +68,12 @@ def driver():
     for name, (source, flags) in units.items():
         lines.append(f"build {OUT}/{name}.o: cxx {source}\n flags = {flags}")
     lines.append(f"build {OUT}/driver: link {' '.join(f'{OUT}/{name}.o' for name in units)}\n")
-    (OUT / "build.ninja").write_text("\n".join(lines))
     ninja = Path(sys.executable).with_name("ninja")
     command = [str(ninja) if ninja.exists() else "ninja", "-f", str(OUT / "build.ninja"), "-j2"]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with (OUT / "lock").open("w") as lock:  # two builds at once leave a file that is never rebuilt
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (OUT / "build.ninja").write_text("\n".join(lines))
+        built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-4000:]
     return OUT / "driver"
 
