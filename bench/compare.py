@@ -5,9 +5,11 @@ For each measurement that both runs have, with medians a and b:
     moved    r = ln(b / a)
     drift    median of r over the contenders that are not ours: their code is the same in both, so
              how they moved is how the machine moved. r - drift is what our change did
-    noise    2 sqrt(se_a^2 + se_b^2 + s^2): se is the standard error of a median, from the 20 and 80
-             percentiles of its samples; s is how differently the unchanged contenders moved (1.48
-             times their median distance from the drift)
+    noise    z sqrt(se_a^2 + se_b^2 + s^2 + e^2): se is the standard error of a median, from the 20
+             and 80 percentiles of its samples; s is how differently the unchanged contenders moved
+             (1.48 times their median distance from the drift), e the standard error of the drift
+             itself, which counts where there are few of them; z is 2 for one measurement and grows
+             with their number (3.2 for 40): a false alarm is as rare in a run of many
 
 A measurement is slower when r - drift is above the noise AND above the threshold, faster the same
 way downwards, unclear when it is above the threshold but within the noise.
@@ -19,7 +21,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median
 
 from . import record
 from .timing import LEAST_CLEAN
@@ -132,15 +134,22 @@ _KEY = (
 
 
 def _by_key(rows: list[dict]) -> dict[tuple, dict]:
-    return {tuple(row.get(name) for name in _KEY): row for row in rows if row["measure"] != "peaks"}
+    """By what was measured; one kernel of ours is no change of another one's time."""
+    return {
+        (row.get("backend") if row["contender"].startswith("ours") else "",
+         *(row.get(name) for name in _KEY)): row
+        for row in rows
+        if row["measure"] != "peaks"
+    }  # fmt: skip
 
 
 def compared(before: list[dict], after: list[dict], threshold: float = THRESHOLD) -> Comparison:
     """ValueError when the runs are of different machines or have nothing in common."""
-    for name in ("machine", "gpu"):
+    for name in ("machine", "cpus", "gpu"):
         a, b = (rows[0].get(name) for rows in (before, after))
         if a != b:
-            raise ValueError(f"the runs are of different machines: {a} and {b}")
+            what = f" ({name})" if name == "cpus" else ""
+            raise ValueError(f"the runs are of different machines: {a} and {b}{what}")
     a, b = _by_key(before), _by_key(after)
     common = [key for key in a if key in b]
     if not common:
@@ -150,16 +159,21 @@ def compared(before: list[dict], after: list[dict], threshold: float = THRESHOLD
         for name in ("torch", "python", "kernel_level")
         if (x := before[0].get(name)) != (y := after[0].get(name))
     ]
-    moved = [_moved(a[key], b[key]) for key in common if not _is_ours(key) and _timed(a, b, key)]
+    controls = [key for key in common if not _is_ours(key) and _timed(a, b, key)]
     if notes:
-        moved = []  # then the peers are not the same code
+        controls = []  # then the peers are not the same code
+    moved = [_moved(a[key], b[key]) for key in controls]
     drift = median(moved) if moved else 0.0
     spread = 1.4826 * median(abs(r - drift) for r in moved) if moved else 0.0
-    changes = [_judged(a[key], b[key], drift, spread, threshold) for key in common if _is_ours(key)]
+    errors = [math.hypot(_standard_error(a[key]), _standard_error(b[key])) for key in controls]
+    unsure = math.hypot(spread, math.hypot(*errors) / max(1, len(errors)))
+    ours = [key for key in common if _is_ours(key)]
+    sigmas = _sigmas(sum(_timed(a, b, key) for key in ours))
+    changes = [_judged(a[key], b[key], drift, unsure, sigmas, threshold) for key in ours]
     changes += [  # of a time's row, which --memory and CUDA give a peak as well
         _memory_change(a[key], b[key], threshold)
-        for key in common
-        if _is_ours(key) and all({"median_ms", "peak_mib"} <= rows[key].keys() for rows in (a, b))
+        for key in ours
+        if all({"median_ms", "peak_mib"} <= rows[key].keys() for rows in (a, b))
     ]
     order = ("failed", "slower", "unclear", "faster", "same", "too few samples")
     found = [change for change in changes if change]
@@ -198,7 +212,15 @@ def _what(row: dict) -> str:
     return f"{text} {row['threads']} threads"
 
 
-def _judged(a: dict, b: dict, drift: float, spread: float, threshold: float) -> Change | None:
+def _sigmas(measurements: int) -> float:
+    """Of as many measurements one is beyond this by chance as rarely as one alone is beyond 2."""
+    normal = NormalDist()
+    return normal.inv_cdf(1 - (1 - normal.cdf(2)) / max(1, measurements))
+
+
+def _judged(
+    a: dict, b: dict, drift: float, unsure: float, sigmas: float, threshold: float
+) -> Change | None:
     what = _what(b)
     had, has = (("median_ms" in row or "peak_mib" in row) for row in (a, b))
     if had and not has:
@@ -212,7 +234,7 @@ def _judged(a: dict, b: dict, drift: float, spread: float, threshold: float) -> 
     if not (_certain(a) and _certain(b)):
         return Change("too few samples", what, values=values)
     moved = _moved(a, b) - drift
-    noise = 2 * math.sqrt(_standard_error(a) ** 2 + _standard_error(b) ** 2 + spread**2)
+    noise = sigmas * math.sqrt(_standard_error(a) ** 2 + _standard_error(b) ** 2 + unsure**2)
     verdict = _verdict(moved, noise, threshold)
     return Change(verdict, what, math.expm1(moved), math.expm1(noise), values)
 

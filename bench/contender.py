@@ -32,6 +32,7 @@ class Peer:
     threads: int | None = None
     compiled: bool = False
     checked: bool = True  # False: computes nothing that could be checked
+    counted: bool = True  # False: it does less than the problem's FLOPs
     note: Callable[[object], str] | None = None  # of its operands: what the row has to add
     expected: Callable | None = None  # (problem, device): what is right, where it is not the page's
 
@@ -62,12 +63,20 @@ def split_name(name: str) -> tuple[str, str]:
     return peer, backend
 
 
+def peer_of(page: ModuleType, name: str) -> Peer:
+    """ValueError when the op has no such contender."""
+    peer = split_name(name)[0]
+    if peer not in page.PEERS:
+        raise ValueError(f"{page.__name__.rpartition('.')[2]} has no contender {peer!r}")
+    return page.PEERS[peer]
+
+
 def contender(
     page: ModuleType, name: str, problem, direction: str, backend: str, draw: Callable
 ) -> Contender:
     """One contender. `draw` turns a problem into operands, and may give several peers the same."""
-    peer_name, own_backend = split_name(name)
-    peer = page.PEERS[peer_name]
+    own_backend = split_name(name)[1]
+    peer = peer_of(page, name)
     operands = draw(peer.problem(problem))
     call = peer.build(operands, own_backend or backend)
     given = page.arguments(operands)

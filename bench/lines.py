@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .record import uncertain
+
 
 def headline(facts: dict, settings) -> str:
     place = f"{facts['machine']} ({facts['level']}, kernels at {facts['kernel_level']})"
@@ -56,7 +58,7 @@ def describe(rows: list[dict]) -> str:
 
 
 def _time(row: dict) -> str:
-    mark = "~" if row["disturbed"] else " "
+    mark = "~" if uncertain(row) else " "
     text = (
         f"{mark}{row['median_ms']:9.3f} ms ({row['p20_ms']:.3f} .. {row['p80_ms']:.3f})"
         f"  {row['samples']} samples"
@@ -71,6 +73,8 @@ def _time(row: dict) -> str:
         text += f", {row['share_of_copy']:.0%} of copy"
     if "peak_mib" in row:
         text += f"  {row['peak_mib']:.1f} MiB"
+    if "memory_error" in row:
+        text += f"  memory: {row['memory_error']}"
     if row.get("first_call_ms", 0) > 1000 + 3 * row["median_ms"]:
         text += f"  first call {row['first_call_ms'] / 1e3:.1f} s"
     return text

@@ -10,7 +10,7 @@ import torch
 
 from . import check, memory, ops, timing
 from .cases import DTYPES, Case, Goal
-from .contender import Contender, captured, contender, split_name
+from .contender import Contender, captured, contender, peer_of, split_name
 
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
 COPY_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -186,7 +186,7 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
     for name in names:
         rows[name] = row = _named(name, settings)
         try:
-            peer = page.PEERS[split_name(name.removesuffix("+graph"))[0]]
+            peer = peer_of(page, name.removesuffix("+graph"))
             set_threads(peer.threads)
             one = _ready(page, name, problem, direction, settings, draw, row)
         except Exception as error:  # a peer that fails is a row
@@ -195,7 +195,7 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
         if "error" in row:
             continue
         runners.append(timing.Runner(name, one.run, peer.threads, name not in deciding))
-        if peer.checked:
+        if peer.checked and peer.counted:
             mine = peer.problem(problem)
             row |= {
                 "flops": page.flops(mine, direction),
@@ -211,7 +211,7 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
         sampler=sampler,
     )  # fmt: skip
     if peak:
-        peak = _raised(peak, series, settings.device)
+        peak |= _raised(peak, series, settings.device)  # for the cases that follow as well
     for name, one in series.items():
         rows[name] |= _times(one, settings, rows[name], peak)
         if name != "ours" and "ours" in series:
@@ -219,6 +219,8 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
     for name in series if settings.memory and settings.device == "cpu" else ():
         found = memory_row(case, problem, direction, settings, name)
         rows[name] |= {k: found[k] for k in ("peak_mib", "kept_mib") if k in found}
+        if "error" in found:
+            rows[name]["memory_error"] = found["error"]
     return list(rows.values())
 
 
@@ -280,6 +282,7 @@ def _times(series: timing.Series, settings: Settings, row: dict, peak: dict) -> 
     if "flops" in row and peak:
         found |= {
             "peak_tflops": round(peak["peak_tflops"], 4),
+            "peak_gbps": round(peak["copy_gbps"], 3),
             "tflops": round(row["flops"] / middle / 1e12, 4),
             "gbps": round(row["least_bytes"] / middle / 1e9, 3),
             "share_of_matmul": round(row["flops"] / middle / 1e12 / peak["peak_tflops"], 4),

@@ -144,10 +144,11 @@ def roofline(rows: list[dict]):
         peak = peaks[key]
         best = [row["peak_tflops"] for row in (peak, *shown) if "peak_tflops" in row]
         compute = max(best, default=peak["matmul_tflops"])
+        copy = max(row.get("peak_gbps", peak["copy_gbps"]) for row in (peak, *shown))
         intensities = [row["flops"] / row["least_bytes"] for row in shown]
-        knee = compute * 1e12 / (peak["copy_gbps"] * 1e9)
+        knee = compute * 1e12 / (copy * 1e9)
         ends = [min(*intensities, knee) / 2, max(*intensities, knee) * 2]
-        roof = [min(compute, x * peak["copy_gbps"] / 1e3) for x in (ends[0], knee, ends[1])]
+        roof = [min(compute, x * copy / 1e3) for x in (ends[0], knee, ends[1])]
         axes.plot([ends[0], knee, ends[1]], roof, color="black", linewidth=1.2)
         for name, look in looks.items():
             points = [(r["flops"] / r["least_bytes"], r["tflops"]) for r in shown
@@ -159,7 +160,7 @@ def roofline(rows: list[dict]):
         dtype, threads, allocator = key
         axes.set_title(
             f"{dtype}, {threads} threads, {allocator}: torch.mm {compute:.3g} TFLOP/s, "
-            f"copy {peak['copy_gbps']:.3g} GB/s",
+            f"copy {copy:.3g} GB/s",
             fontsize=9,
         )
         axes.grid(alpha=0.3, which="both")

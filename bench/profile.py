@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import importlib
 import inspect
 import math
+import os
 import shlex
 import subprocess
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 from lam_kernels.training.atomic_write import atomic_write
 from lam_kernels.user_error import UserError
 
-from . import plots, record
+from . import plots, record, timing
+from .measure import one_line
 from .report import png
-from .trace import CATEGORIES, Profile, Subject, profiled
+from .trace import CATEGORIES, Profile, Subject, profiled, whole_steps
 
 EPILOG = """\
 examples
@@ -30,7 +33,8 @@ examples
       the demo's image classifier with a learned mask, one step of 256 digits: plain PyTorch, then
       the fused ops
   python -m bench profile my_model:make --steps 5 --output out/mine
-      YOUR training step. my_model.py is looked for as python -m would. make() returns
+      YOUR training step. my_model.py is looked for as python -m would; from a folder of your own:
+      PYTHONPATH=<this checkout> python -m bench profile my_model:make. make() returns
         a function without arguments that does one step (a `model` attribute of it gets ranges),
         or (model, batch), or (model, batch, loss): forward, loss, backward and AdamW are then done
         for you; batch is a tensor, a tuple or a dict, loss takes the model's result
@@ -45,8 +49,10 @@ what it writes
   profile.png                     the table as bars; memory.png: tensors over the step
 
 how to read it
-  Whole steps are timed without the profiler. Parts are the operations' own times in the profile, in
-  the forward under the module they ran in, in the backward under what they are the gradient of.
+  Whole steps are timed without the profiler, before and after in turns; those that other work
+  disturbed are dropped, and the ratio has its 20 and 80 percentiles. Parts are the operations' own
+  times in the profile, in the forward under the module they ran in, in the backward under what they
+  are the gradient of.
   gaps: the step's time in which no operation ran. A share of attention near 0 says that fused
   attention cannot help this model.
 """
@@ -73,13 +79,20 @@ def profile(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     if args.tool == "ncu":
         return _under_ncu(args)
-    made, notes = both(args.function, args.device)
+    notes: list[str] = []
+    made = both(args.function, args.device, notes)
     if args.tool == "proton":
         return _under_proton(args, made)
-    profiles = []
-    for name, subject in made.items():
-        trace = None if args.no_trace else args.output / f"{name}.json.gz"
-        profiles.append(profiled(name, subject, steps=args.steps, device=args.device, trace=trace))
+    profiles, written = [], []
+    for group in made:
+        times = whole_steps(group, args.steps, args.device)
+        for name, subject in group.items():
+            trace = None if args.no_trace else args.output / f"{name}.json.gz"
+            written += [trace] if trace else []
+            profiles.append(
+                profiled(name, subject, steps=args.steps, device=args.device, trace=trace,
+                         times=times[name])
+            )  # fmt: skip
     facts = record.facts(args.device)
     print(
         f"{args.function or 'the image classifier of the demo'}: {args.steps} steps, "
@@ -87,50 +100,134 @@ def profile(args: argparse.Namespace) -> int:
         f"commit {facts['commit']}"
     )
     print(table(profiles))
-    if len(profiles) == 2:
-        before, after = (p.wall_ms for p in profiles)
-        print(f"the step takes {after / before:.2f} of what it took before")
+    print(timed(profiles, in_turns=len(times) == 2))
     for note in notes:
         print(f"note: {note}")
     atomic_write(args.output / "profile.png", png(plots.parts(profiles, CATEGORIES)))
+    written.append(args.output / "profile.png")
     figure = plots.memory_over_time(profiles)
     if figure is not None:
         atomic_write(args.output / "memory.png", png(figure))
-    print(f"{args.output}: " + ", ".join(sorted(p.name for p in args.output.iterdir())))
+        written.append(args.output / "memory.png")
+    print(f"{args.output}: " + ", ".join(sorted(path.name for path in written)))
     return 0
 
 
-def both(name: str | None, device: str) -> tuple[dict[str, Subject], list[str]]:
-    """({"before": ..., "after": ...}, notes); only "before" where there is no way to fuse."""
-    function = load(name) if name else functools.partial(image_classifier, device=device)
-    if "fused" in inspect.signature(function).parameters:
-        return {
-            "before": subject(_made(function, fused=False), device),
-            "after": subject(_made(function, fused=True), device),
-        }, []
-    made = {"before": subject(_made(function), device)}
+def timed(profiles: list[Profile], in_turns: bool) -> str:
+    """How the whole steps were timed, and how they compare where they were timed in turns."""
+    lines = []
+    if len(profiles) == 2:
+        before, after = (p.times for p in profiles)
+        low, middle, high = timing.ratio(after, before)
+        spread = f" ({low:.2f} .. {high:.2f})" if in_turns and math.isfinite(low) else ""
+        if not in_turns:
+            middle = profiles[1].wall_ms / profiles[0].wall_ms
+        lines.append(f"the step takes {middle:.2f}{spread} of what it took before")
+    counts = [f"{len(p.times.used)} ({p.name})" for p in profiles]
+    text = "whole steps: " + " and ".join(counts) + " samples"
+    dropped = sum(len(p.times.disturbed) for p in profiles if p.times.filtered)
+    text += f", {dropped} dropped because other work ran" if dropped else ""
+    lines.append(text)
+    for one in profiles:
+        if not one.times.filtered or len(one.times.clean) < timing.LEAST_CLEAN:
+            lines.append(f"note: {one.name} has fewer than 3 whole steps without other load: ~")
+        if one.waited > timing.DISTURBED_SHARE:
+            lines.append(
+                f"note: in the profile of {one.name} other work kept our threads waiting, "
+                f"{one.waited:.0%} of its time: its parts are too long"
+            )
+    return "\n".join(lines)
+
+
+def both(name: str | None, device: str, notes: list[str]) -> Iterator[dict[str, Subject]]:
+    """Before and after, in one group to be timed in turns; else "before" alone and a note why.
+
+    A function may return the same model again: "after" is then made when "before" was measured.
+    """
+    if not name:
+        subjects = {}
+        for when in ("before", "after"):
+            torch.manual_seed(0)
+            subjects[when] = image_classifier(when == "after", device)
+        yield subjects
+        return
+    function = load(name)
+    fusable = "fused" in _parameters(function)
+    plain, fused = ({"fused": False}, {"fused": True}) if fusable else ({}, {})
+    group = {"before": _first_step(name, _made(name, function, device, **plain))}
+    again = _made(name, function, device, **fused)
+    if again.module is not None and again.module is group["before"].module:
+        notes.append("the function returns one model each time: before and after were not timed in "
+                     "turns")  # fmt: skip
+        yield {"before": _made(name, function, device, **plain)}
+        again = _made(name, function, device, **fused)
+        group = {}
+    if not fusable and (why := _swapped(again, notes)):
+        notes.append(f"only before: {why}")
+    else:
+        group["after"] = _first_step(name, again)
+    if group:
+        yield group
+
+
+def _swapped(subject: Subject, notes: list[str]) -> str:
+    """Puts the fused ops into the subject's model; why it cannot, "" when it could."""
     try:
         swap = importlib.import_module("lam_kernels.swap").swap
     except (ImportError, AttributeError):
-        return made, [
-            "only before: the function has no parameter `fused`, and lam_kernels.swap is not part "
-            "of this version"
-        ]
-    again = subject(_made(function), device)
-    if again.module is None:
-        return made, ["only before: the function returned a step without a `model` to swap"]
+        return (
+            "the function has no parameter `fused`, and lam_kernels.swap is not part of this "
+            "version"
+        )
+    if subject.module is None:
+        return "the function returned a step without a `model` to swap"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing was swapped is a note below
-        report = swap(again.module)
+        warnings.simplefilter("ignore")  # that nothing was swapped is a note
+        report = swap(subject.module)
     if not report.changed:
-        return made, ["only before: swap() found nothing to change in this model"]
-    return made | {"after": again}, [f"swap() changed {len(report.changed)} modules"]
+        return "swap() found nothing to change in this model"
+    notes.append(f"swap() changed {len(report.changed)} modules")
+    return ""
 
 
-def _made(function: Callable, **options):
+@contextlib.contextmanager
+def _users_code(what: str) -> Iterator[None]:
+    """What a user's own code raises is a sentence that says where."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} raised {one_line(error)}{_where(error)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line that is neither this file's nor a package's."""
+    if isinstance(error, SyntaxError):  # its text says where
+        return ""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [f for f in frames if f[0] != __file__ and "site-packages" not in f[0] and f[0][0] != "<"]
+    return f" ({Path(own[-1][0]).name}, line {own[-1][1]})" if own else ""
+
+
+def _parameters(function: Callable) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions that are not written in Python have none
+        return ()
+
+
+def _made(name: str, function: Callable, device: str, **options) -> Subject:
     """What the function returns, from the same seed each time."""
     torch.manual_seed(0)
-    return function(**options)
+    with _users_code(name):
+        return subject(function(**options), device)
+
+
+def _first_step(name: str, made: Subject) -> Subject:
+    with _users_code(f"a step of {name}"):
+        made.step()
+    return made
 
 
 def image_classifier(fused: bool, device: str) -> Subject:
@@ -159,11 +256,11 @@ def load(name: str) -> Callable:
         raise UserError(f"{name!r}: expected module:function, for example my_model:make")
     sys.path.insert(0, "")  # a module in the current folder, as python -m would find it
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{name!r}: {error}") from None
+        with _users_code(f"importing {module_name}"):
+            module = importlib.import_module(module_name)
     finally:
-        sys.path.remove("")
+        if "" in sys.path:
+            sys.path.remove("")
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{name!r}: {module_name} has no function {function_name}")
@@ -173,13 +270,14 @@ def load(name: str) -> Callable:
 def subject(made: object, device: str) -> Subject:
     """What a user's function returned: a step, or (model, batch), or (model, batch, loss).
 
-    batch: a dict is passed by keyword, a tuple or list in order, anything else alone.
+    batch: a mapping is passed by keyword, a tuple or list in order, anything else alone.
     loss: called with the model's result; without it the result's .loss, else its mean, is used.
     """
     if isinstance(made, Subject):
         return made
     if callable(made) and not isinstance(made, nn.Module):
-        return Subject(made, getattr(made, "model", None))
+        model = getattr(made, "model", None)
+        return Subject(made, model if isinstance(model, nn.Module) else None)
     if not (isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module)):
         raise UserError(
             f"the function returned {type(made).__name__}: expected a step to call, "
@@ -187,10 +285,15 @@ def subject(made: object, device: str) -> Subject:
         )
     model, batch = made[0].to(device).train(), _moved(made[1], device)
     loss_of = made[2] if len(made) == 3 else _loss
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    if not callable(loss_of):
+        raise UserError(f"the function returned a loss that is no function: {loss_of!r:.60}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise UserError("the model that the function returned has no parameter to train")
+    optimizer = torch.optim.AdamW(trained)
 
     def step():
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping):
             result = model(**batch)
         else:
             result = model(*batch) if isinstance(batch, tuple | list) else model(batch)
@@ -205,10 +308,11 @@ def subject(made: object, device: str) -> Subject:
 def _moved(batch, device: str):
     if isinstance(batch, Tensor):
         return batch.to(device)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):  # a tokenizer's result is one, and no dict
         return {name: _moved(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_moved(value, device) for value in batch)
+        moved = [_moved(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 
@@ -230,21 +334,23 @@ def _loss(result) -> Tensor:
 
 def _under_ncu(args: argparse.Namespace) -> int:
     """The same command within Nsight Compute, which reads the NVTX ranges."""
-    output = args.output / "ncu"
     args.output.mkdir(parents=True, exist_ok=True)
+    output = args.output / "ncu"
     inner = [sys.executable, "-m", "bench", "profile", "--device", "cuda", "--steps", "1",
-             "--no-trace", "--output", str(args.output)]  # fmt: skip
-    inner += [args.function] if args.function else []
+             "--threads", str(args.threads), "--no-trace", "--output", str(args.output),
+             *([args.function] if args.function else [])]  # fmt: skip
     command = ["ncu", "--nvtx", "--nvtx-include", "regex:bench\\..*/", "--set", "full", "-f", "-o",
                str(output), *inner]  # fmt: skip
     print(shlex.join(command), flush=True)
     try:
-        return subprocess.run(command, cwd=record.tree()).returncode
+        # in the folder that the user's module and the output are relative to
+        path = os.pathsep.join(filter(None, [str(record.tree()), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode
     except FileNotFoundError:
         raise ValueError("--tool ncu: there is no ncu on the PATH (CUDA toolkit)") from None
 
 
-def _under_proton(args: argparse.Namespace, made: dict[str, Subject]) -> int:
+def _under_proton(args: argparse.Namespace, made: Iterable[dict[str, Subject]]) -> int:
     """Triton's profiler around the steps: args.output/NAME.hatchet, for proton-viewer."""
     from .trace import ranges
 
@@ -253,7 +359,7 @@ def _under_proton(args: argparse.Namespace, made: dict[str, Subject]) -> int:
     except ImportError:
         raise ValueError("--tool proton: this triton has no profiler") from None
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, subject in made.items():
+    for name, subject in (item for group in made for item in group.items()):
         subject.step()
         session = proton.start(str(args.output / name), hook="triton")
         with ranges(subject.module, nvtx=True):
@@ -278,9 +384,14 @@ def table(profiles: list[Profile]) -> str:
         if any(p.parts_ms[kind] > 0 for p in profiles):
             cells = [f"{p.parts_ms[kind]:.2f} ({_share(p, kind):.0%})" for p in profiles]
             rows.append([kind, *cells])
-    rows.append(["whole step", *(f"{p.wall_ms:.2f}" for p in profiles)])
+    rows.append(["whole step", *map(_whole, profiles)])
+    rows.append(["  20 .. 80 %", *("{0:.2f} .. {2:.2f}".format(*p.spread_ms) for p in profiles)])
     rows.append(["peak of tensors, MiB", *(f"{p.peak_mib:.1f}" for p in profiles)])
     return text_table(head, rows)
+
+
+def _whole(profile: Profile) -> str:
+    return ("~" if len(profile.times.clean) < timing.LEAST_CLEAN else "") + f"{profile.wall_ms:.2f}"
 
 
 def _share(profile: Profile, kind: str) -> float:

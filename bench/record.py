@@ -13,6 +13,9 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
+from .cases import DIRECTIONS
+from .timing import LEAST_CLEAN
+
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 
@@ -108,8 +111,12 @@ def tree() -> Path:
     return Path(lam_kernels.__file__).parent.parent
 
 
+# what a measurement depends on, and not the words and results beside it
+_MEASURED = (":/lam_kernels", ":/csrc", ":/python_ref", ":/setup.py", ":/bench/*.py")
+
+
 def commit() -> str:
-    """Short hash of that checkout, "-dirty" where tracked files differ; "none" outside one."""
+    """Short hash of that checkout, "-dirty" where its sources differ; "none" outside one."""
     import lam_kernels
 
     git = ["git", "-C", str(Path(lam_kernels.__file__).parent)]
@@ -120,12 +127,12 @@ def commit() -> str:
         if head.returncode:
             return "none"
         status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", *_MEASURED],
+            capture_output=True, text=True,
+        )  # fmt: skip
     except OSError:
         return "none"
-    changed = [line for line in status.stdout.splitlines() if "bench/results/" not in line]
-    return head.stdout.strip() + ("-dirty" if changed else "")
+    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
 
 
 def gpu_facts() -> dict:
@@ -182,6 +189,14 @@ def default_path(device: str = "cpu") -> Path:
     return RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{slug}.jsonl"
 
 
+def check_writable(path: Path) -> None:
+    """OSError before anything is measured, if rows cannot be appended to this file."""
+    was_there = path.exists()
+    append(path, [])
+    if not was_there:
+        path.unlink()
+
+
 def append(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -190,12 +205,27 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 _TEXTS = ("run", "date", "machine", "torch", "commit", "case", "section", "measure", "contender",
-          "dtype", "allocator")  # fmt: skip
+          "dtype", "allocator", "python", "lam_kernels", "level", "kernel_level")  # fmt: skip
 _TEXTS_OF_A_MEASUREMENT = ("direction", "label")
+_OPTIONAL_TEXTS = ("set", "problem", "device", "backend", "error", "missing", "note", "differs",
+                   "memory_error", "gpu", "driver")  # fmt: skip
 _NUMBERS = ("threads", "cpus", "median_ms", "p20_ms", "p80_ms", "samples", "dropped", "peak_mib",
-            "ours_over_this", "ours_over_this_p20", "ours_over_this_p80", "target", "flops",
-            "least_bytes", "tflops", "share_of_matmul", "share_of_copy", "length", "matmul_tflops",
-            "copy_gbps", "peak_tflops", "ours_minus_this_us", "first_call_ms")  # fmt: skip
+            "kept_mib", "ours_over_this", "ours_over_this_p20", "ours_over_this_p80", "target",
+            "flops", "least_bytes", "tflops", "gbps", "share_of_matmul", "share_of_copy", "length",
+            "matmul_tflops", "copy_gbps", "peak_tflops", "peak_gbps", "ours_minus_this_us",
+            "first_call_ms")  # fmt: skip
+_ABOVE_ZERO = ("median_ms", "length", "matmul_tflops", "copy_gbps", "peak_tflops", "peak_gbps")
+_LARGEST = 1e18
+_TOGETHER = (("target_met", "target"), ("ours_over_this_p20", "ours_over_this_p80"),
+             ("ours_over_this_p20", "ours_over_this"), ("median_ms", "p20_ms"),
+             ("median_ms", "p80_ms"), ("median_ms", "samples"), ("median_ms", "disturbed"),
+             ("tflops", "flops"), ("tflops", "least_bytes"))  # fmt: skip
+_NEEDED = {  # beside texts, by measure, where nothing failed
+    "peaks": ("matmul_tflops", "copy_gbps"),
+    "time": ("median_ms", "p20_ms", "p80_ms", "samples", "disturbed"),
+    "overhead": ("median_ms", "p20_ms", "p80_ms", "samples", "disturbed"),
+    "memory": ("peak_mib", "kept_mib"),
+}
 LARGEST_FILE = 2**28
 
 
@@ -218,28 +248,52 @@ def read(path: Path) -> list[dict]:
 
 
 def _no_row(row: object) -> str:
-    """Why this is no row, "" when it is one: what report and compare read has its type."""
+    """Why this is no row, "" when it is one: what report and compare read is there, has its type
+    and can be drawn."""
     if not isinstance(row, dict):
         return "no object"
     texts = _TEXTS + (_TEXTS_OF_A_MEASUREMENT if row.get("measure") != "peaks" else ())
-    for name in texts:
+    for name in texts + tuple(name for name in _OPTIONAL_TEXTS if name in row):
         if not isinstance(row.get(name), str):
             return f"{name} is not text"
+    if not re.fullmatch(r"[\w-]+", row.get("set", "part")):  # part of a plot's file name
+        return "set is no name"
+    if row["measure"] not in _NEEDED:
+        return f"measure is none of {', '.join(_NEEDED)}"
+    if row.get("direction", "both") not in DIRECTIONS:
+        return f"direction is none of {', '.join(DIRECTIONS)}"
     for name in _NUMBERS:
-        value = row.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
+        value = row.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             return f"{name} is not a number"
-    timed = "median_ms" in row
-    if timed and not all(k in row for k in ("p20_ms", "p80_ms", "samples", "disturbed")):
-        return "a time without its spread"
-    if timed and not row["median_ms"] > 0:
-        return "median_ms is not above 0"
-    return "" if isinstance(row.get("threads"), int) else "threads is missing"
+        if not abs(value) <= _LARGEST:
+            return f"{name} is too large"
+        if name in _ABOVE_ZERO and not value > 0:
+            return f"{name} is not above 0"
+    for name in ("disturbed", "target_met"):
+        if not isinstance(row.get(name, False), bool):
+            return f"{name} is neither true nor false"
+    for name in ("threads", "cpus"):
+        if not isinstance(row.get(name), int):
+            return f"{name} is missing"
+    for name, other in _TOGETHER:
+        if name in row and other not in row:
+            return f"{other} is missing"
+    if "error" in row or "missing" in row:
+        return ""
+    absent = [name for name in _NEEDED[row["measure"]] if name not in row]
+    return f"{absent[0]} is missing" if absent else ""
+
+
+def uncertain(row: dict) -> bool:
+    """Whether a time is from fewer than LEAST_CLEAN samples without other load."""
+    return row["disturbed"] or row["samples"] < LEAST_CLEAN
 
 
 def newest() -> Path:
     """The results file that was written last; FileNotFoundError when there is none."""
-    files = sorted(RESULTS.glob("*.jsonl"), key=lambda path: (path.name[:10], path.stat().st_mtime))
+    files = [path for path in RESULTS.glob("*.jsonl") if path.stat().st_size]
+    files.sort(key=lambda path: (path.name[:10], path.stat().st_mtime))
     if not files:
         raise FileNotFoundError(f"no results in {RESULTS}: `python -m bench run` writes them")
     return files[-1]

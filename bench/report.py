@@ -96,7 +96,7 @@ _TITLES = {
 def write(runs: list[list[dict]], folder: Path, source: str) -> list[Path]:
     """The page and its plots; returns their paths, the page first."""
     written, sections = [], []
-    for rows in runs:
+    for rows in map(table.with_run_peaks, runs):
         name = rows[0].get("set", "part")
         pictures = figures_of(rows)
         for kind, data in pictures.items():
@@ -140,7 +140,7 @@ def _page(runs: list[list[dict]], sections: list[str], source: str) -> str:
 <h1>What attention costs</h1>
 <p>Each contender's results and gradients were compared with a float64 reference before its time was
 taken. Samples of all contenders alternate in one process; times are medians, with the 20th and 80th
-percentiles. Below 1, ours is faster.</p>
+percentiles; ~ marks fewer than 3 samples without other load. Below 1, ours is faster.</p>
 {"".join(sections)}
 <p class="quiet">Every number on this page is from {escape(source)}; made by
 <code>{escape(command)}</code>, Python {escape(sys.version.split()[0])}.</p>
@@ -151,7 +151,8 @@ percentiles. Below 1, ours is faster.</p>
 _SET_TITLES = {
     "overview": "Overview", "workloads": "Workloads of real models", "lengths": "Over the length",
     "foundation": "Held targets", "low-rank": "Masks that are never stored", "gpu": "On the GPU",
-    "windows": "Windows", "part": "Chosen cases", "smoke": "Smoke",
+    "windows": "Windows", "two-maps": "Global and local attention together",
+    "part": "Chosen cases", "smoke": "Smoke",
 }  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def _cells(row: dict) -> str:
         )
     time = spread = ""
     if "median_ms" in row:
-        time = ("~" if row["disturbed"] else "") + f"{row['median_ms']:.4g}"
+        time = ("~" if record.uncertain(row) else "") + f"{row['median_ms']:.4g}"
         spread = f"{row['p20_ms']:.4g} .. {row['p80_ms']:.4g}"
     ratio = ""
     if "ours_over_this" in row:
@@ -257,6 +258,8 @@ def _cells(row: dict) -> str:
             ratio += f" ({row['ours_over_this_p20']:.2f} .. {row['ours_over_this_p80']:.2f})"
     shares = [f"{row[k]:.0%}" if k in row else "" for k in ("share_of_matmul", "share_of_copy")]
     memory = f"{row['peak_mib']:.1f}" if "peak_mib" in row else ""
+    if "memory_error" in row:
+        memory = f'<div class="aside">{escape(row["memory_error"])}</div>'
     target = ""
     if "target" in row:
         kind = "good" if row.get("target_met") else "bad"

@@ -37,8 +37,8 @@ how to read a line
   target 0.65 NOT reached
       the ratio that the project holds itself to
   9 samples, 2 dropped
-      2 more were taken while other work kept our threads from running; ~ before a time: too few
-      samples without other load, all were used
+      2 more were taken while other work kept our threads from running; ~ before a time: fewer than
+      3 samples without other load, all were used
   80% of mm, 31% of copy
       useful FLOPs a second / those of torch.mm (in this dtype or, on a CPU, in fp32: the faster
       one), and bytes that have to move a second / those of a large copy, all measured in this run:
@@ -109,6 +109,7 @@ def add_arguments(run: argparse.ArgumentParser) -> None:
                        )  # fmt: skip
     where.add_argument("--no-save", action="store_true", help="print only")
     where.add_argument("--run", dest="run_id", help=argparse.SUPPRESS)
+    where.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # no whole set
 
 
 def words(text: str | None, allowed, option: str) -> list[str] | None:
@@ -123,8 +124,10 @@ def words(text: str | None, allowed, option: str) -> list[str] | None:
 
 
 def threads_of(text: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", text) or 0 in (found := [int(n) for n in text.split(",")]):
-        raise ValueError(f"--threads {text!r}: expected numbers of at least 1, comma-separated")
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", text) or 0 in (
+        found := [int(n) for n in text.split(",")]
+    ):
+        raise ValueError(f"--threads {text!r}: expected numbers from 1 to 9999, comma-separated")
     return found
 
 

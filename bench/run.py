@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import subprocess
 import sys
 import time
@@ -19,19 +20,27 @@ def run(args: argparse.Namespace) -> int:
 def _run_here_or_apart(args: argparse.Namespace) -> int:
     chosen = request.chosen_cases(args)
     allocators = request.words(args.allocator, record.ALLOCATORS, "--allocator")
+    asked = (args.case, args.workload, args.op, args.quick)
+    both = args.device == "cpu" and args.set != "smoke" and not any(asked)
     if allocators is None:
-        asked = (args.case, args.workload, args.op, args.quick)
-        both = args.device == "cpu" and args.set != "smoke" and not any(asked)
         allocators = list(record.ALLOCATORS) if both else ["default"]
+    elif both and not args.run_id and set(allocators) != set(record.ALLOCATORS):
+        args.part = True
     threads = request.threads_of(args.threads)
     for option, value in (("--samples", args.samples), ("--seconds", args.seconds)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{option} must be more than 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option} must be more than 0 and finite, got {value}")
     if args.device == "cpu" and (args.graph or args.warm_cache):
         raise ValueError("--graph and --warm-cache need --device cuda")
     if allocators != [record.allocator_of()]:
         return _run_apart(args, allocators)
     return _measure(args, chosen, allocators[0], threads)
+
+
+_CHANGES_A_SET = (
+    "case", "workload", "op", "dtype", "direction", "peer", "backend", "batch", "samples",
+    "seconds", "warm_cache", "part",
+)  # fmt: skip
 
 
 def _measure(args, chosen: list[Case], allocator: str, threads: list[int]) -> int:
@@ -50,10 +59,11 @@ def _measure(args, chosen: list[Case], allocator: str, threads: list[int]) -> in
     samples, seconds = (31, 25.0) if args.full else (5, 3.0) if args.quick else (7, 4.0)
     if args.set == "overview" and not args.full:
         seconds = 2.0
-    partial = bool(
-        args.case or args.workload or args.op or args.dtype or args.direction or args.peer
-    )
+    # anything but a whole set as it is meant: no report of that set may be made from it
+    partial = args.threads != "2" or any(getattr(args, name) for name in _CHANGES_A_SET)
     path = None if args.no_save else args.results or record.default_path(args.device)
+    if path:
+        record.check_writable(path)
     jobs = [
         (case, dtype, direction, count)
         for count in threads
@@ -132,6 +142,8 @@ def _run_apart(args: argparse.Namespace, allocators: list[str]) -> int:
     command = [sys.executable, "-m", "bench", *given, "--run", args.run_id or new_run_id()]
     if args.results:
         command += ["--results", str(args.results.resolve())]
+    if args.part:
+        command.append("--part")
     code = 0
     for allocator in allocators:
         done = subprocess.run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .cases import SECTIONS
+from .record import uncertain
 
 _DIRECTIONS = {
     "fwd": "forward",
@@ -20,10 +21,19 @@ def choose_run(rows: list[dict], run_id: str | None = None) -> list[dict]:
     if run_id is None:
         whole = {row["run"] for row in rows if row.get("set") not in ("part", "smoke")}
         run_id = next((r for r in reversed(runs) if r in whole), runs[-1] if runs else None)
-    chosen = [row for row in rows if row["run"] == run_id]
+    chosen = _latest(row for row in rows if row["run"] == run_id)
     if not chosen:
         raise ValueError(f"no run {run_id!r} here; there are {', '.join(runs) or 'none'}")
     return chosen
+
+
+_SAME = ("case", "problem", "measure", "dtype", "direction", "device", "threads", "allocator",
+         "contender", "backend")  # fmt: skip
+
+
+def _latest(rows: Iterable[dict]) -> list[dict]:
+    """Without what was measured again in the same run, as a stage of gpu-check may be."""
+    return list({tuple(row.get(name) for name in _SAME): row for row in rows}.values())
 
 
 def last_runs(rows: list[dict]) -> list[list[dict]]:
@@ -36,7 +46,33 @@ def last_runs(rows: list[dict]) -> list[list[dict]]:
     chosen = {name: run for name, run in last.items() if name not in ("part", "smoke")} or last
     order = {"overview": 0, "workloads": 1, "lengths": 2, "foundation": 3}
     names = sorted(chosen, key=lambda name: order.get(name, 9))
-    return [[row for row in rows if row["run"] == chosen[name]] for name in names]
+    return [_latest(row for row in rows if row["run"] == chosen[name]) for name in names]
+
+
+def with_run_peaks(rows: list[dict]) -> list[dict]:
+    """The rows, shares being of the best torch.mm and copy of the whole run: a case may have had
+    one sample of them, and other load in it."""
+    best: dict[tuple, float] = {}
+    for row in rows:
+        for name in ("peak_tflops", "peak_gbps"):
+            if name in row:
+                key = (name, *_peak_of(row))
+                best[key] = max(best.get(key, 0.0), row[name])
+    found = []
+    for row in rows:
+        more = {}
+        for name, rate, share in (
+            ("peak_tflops", "tflops", "share_of_matmul"), ("peak_gbps", "gbps", "share_of_copy"),
+        ):  # fmt: skip
+            if name in row and rate in row:
+                peak = best[name, *_peak_of(row)]
+                more |= {name: peak, share: round(row[rate] / peak, 4)}
+        found.append(row | more)
+    return found
+
+
+def _peak_of(row: dict) -> tuple:
+    return row.get("device", "cpu"), row["dtype"], row["threads"], row["allocator"]
 
 
 _BEGIN, _END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -53,7 +89,7 @@ def insert(document: str, text: str) -> str:
 
 def render(rows: list[dict], run_id: str | None = None) -> str:
     """One table a section, the machine and the date above them, what was missed below."""
-    rows = choose_run(rows, run_id)
+    rows = with_run_peaks(choose_run(rows, run_id))
     parts = [_origin(rows)]
     for section, title in SECTIONS.items():
         mine = [row for row in rows if row.get("section") == section]
@@ -65,6 +101,7 @@ def render(rows: list[dict], run_id: str | None = None) -> str:
 
 def render_short(rows: list[dict]) -> str:
     """The README's table: a line a case, ours beside what one would use otherwise."""
+    rows = with_run_peaks(rows)
     parts = [_origin(rows)]
     for section, title in SECTIONS.items():
         mine = [row for row in rows if row.get("section") == section]
@@ -117,7 +154,7 @@ def _short_times(groups: _Groups) -> str:
     def time(row: dict) -> str:
         if "median_ms" not in row:
             return row.get("missing") or row.get("error", "")
-        return ("~" if row["disturbed"] else "") + f"{row['median_ms']:.3g}"
+        return ("~" if uncertain(row) else "") + f"{row['median_ms']:.3g}"
 
     def share(row: dict) -> str:
         return f"{row['share_of_matmul']:.0%}" if "share_of_matmul" in row else ""
@@ -160,7 +197,7 @@ def render_brief(rows: list[dict], run_id: str | None = None) -> str:
 
 def _targets(rows: list[dict]) -> str:
     """One line a held comparison: the ratio under both allocator settings beside its target."""
-    parts = [_origin(rows)]
+    parts = [_origin(rows, shares=False)]
     for section, title in SECTIONS.items():
         held = [
             row for row in rows
@@ -216,7 +253,7 @@ def _held(row: dict) -> str:
     return ("" if row["target_met"] else "**no** ") + _ratio(row)
 
 
-def _origin(rows: list[dict]) -> str:
+def _origin(rows: list[dict], shares: bool = True) -> str:
     first = rows[0]
     peaks = [
         f"torch.mm {row['dtype']} {row['matmul_tflops']:.2f} TFLOP/s, "
@@ -233,12 +270,22 @@ def _origin(rows: list[dict]) -> str:
     )
     if peaks:
         text += " In the same run: " + "; ".join(peaks) + "."
+    best = {
+        f"{row['peak_tflops']:.2f} TFLOP/s for {row['dtype']} ({row['allocator']})": None
+        for row in rows
+        if "tflops" in row and "peak_tflops" in row
+    }
+    if best and shares:
+        text += (
+            " Shares are of the best torch.mm of the run, in the row's dtype or in fp32: "
+            + ", ".join(best) + "."
+        )  # fmt: skip
     ratio = "median" if any("ratio" in row for row in rows) else "ratio of medians"
     return text + (
         f"\nTimes are medians of interleaved samples in ms; ours / contender: {ratio}, 20 and 80 "
         "percentiles of the ratios within a round. Allocator: default (where a cell has two lines, "
-        "the upper one) = glibc as it is, kept = glibc told to keep its memory. ~ = too few "
-        "samples without other load: all used."
+        "the upper one) = glibc as it is, kept = glibc told to keep its memory. ~ = fewer than "
+        "3 samples without other load: all used."
     )
 
 
@@ -293,12 +340,13 @@ def _cells(row: dict, measure: str) -> list[str]:
     elif measure == "overhead":
         kind = _DIRECTIONS[kind]
     cells = [case, kind, row["allocator"], row["contender"]]
-    if "error" in row:
+    if "error" in row or "missing" in row:
         width = 2 if measure != "time" else 3
-        return [*cells, row["error"], *[""] * (width - 1), target, reached]
+        why = row.get("error") or row["missing"]
+        return [*cells, why, *[""] * (width - 1), target, reached]
     if measure == "memory":
         return [*cells, f"{row['peak_mib']:.0f}", f"{row['kept_mib']:.0f}", target, reached]
-    mark = "~" if row["disturbed"] else ""
+    mark = "~" if uncertain(row) else ""
     if measure == "overhead":
         difference = row.get("ours_minus_this_us")
         low, middle, high = (row[k] * 1e3 for k in ("p20_ms", "median_ms", "p80_ms"))

@@ -167,6 +167,12 @@ STAGES = (
         ),
         9.5,
     ),
+    Stage(
+        "bench",
+        "the bench's own events, cache flush, CUDA graphs, allocator peaks; a profiled step",
+        _pytest("tests/bench/test_bench_cuda.py"),
+        5,
+    ),
     Stage("bench-shared", "broadcast masks against every peer", _bench("gpu-shared*"), 9.5),
     Stage("bench-each", "a dense mask a head against every peer", _bench("gpu-each*"), 9.5),
     Stage("bench-patterns", "block, band and dilated patterns", _bench("gpu-[bd]*"), 9.5),
@@ -188,7 +194,7 @@ STAGES = (
 def sources() -> str:
     """A digest of what a result depends on."""
     digest = hashlib.sha256()
-    for folder in ("lam_kernels", "python_ref", "tests", "csrc"):
+    for folder in ("lam_kernels", "python_ref", "tests", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
@@ -220,20 +226,23 @@ def facts() -> dict[str, str]:
     return found
 
 
-def run(stage: Stage) -> dict:
-    """Runs a stage; never raises for what the stage does."""
+def run(stage: Stage, bench_run: str) -> dict:
+    """Runs a stage; never raises for what the stage does. The bench's stages are one run of it."""
     if stage.tool and not shutil.which(stage.tool):
         return {"state": "left out", "why": f"{stage.tool} is not installed"}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
+    command = list(stage.command)
+    if command[1:4] == ["-m", "bench", "run"]:
+        command += ["--run", bench_run]
     started = time.monotonic()
     log = OUT / f"{stage.name}.log"
     with log.open("w") as stream:
         try:
             done = subprocess.run(
-                stage.command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, timeout=60 * stage.minutes,
             )  # fmt: skip
             state, why = ("passed", "") if done.returncode == 0 else ("failed", "")
@@ -246,7 +255,7 @@ def run(stage: Stage) -> dict:
         "state": state,
         "why": why,
         "seconds": round(time.monotonic() - started, 1),
-        "command": " ".join(stage.command).replace(PYTHON, "python"),
+        "command": " ".join(command).replace(PYTHON, "python"),
         "output": text[-TAIL:],
     }
 
@@ -324,15 +333,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     OUT.mkdir(parents=True, exist_ok=True)
     digest = sources()
-    stages = {} if given.again else load(digest).get("stages", {})
-    result = {"sources": digest, "facts": facts(), "stages": stages}
+    earlier = {} if given.again else load(digest)
+    stages = earlier.get("stages", {})
+    bench_run = earlier.get("bench_run") or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    result = {"sources": digest, "facts": facts(), "bench_run": bench_run, "stages": stages}
     wanted = [s for s in STAGES if not given.stage or s.name in given.stage]
     for stage in wanted:
         if stages.get(stage.name, {}).get("state") == "passed" and not given.stage:
             print(f"== {stage.name}: passed before", flush=True)
             continue
         print(f"== {stage.name}: {stage.what}", flush=True)
-        stages[stage.name] = run(stage)
+        stages[stage.name] = run(stage, bench_run)
         found = stages[stage.name]
         print(f"== {stage.name}: {found['state']} {found.get('why', '')}", flush=True)
         write(result)

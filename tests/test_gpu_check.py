@@ -49,6 +49,24 @@ def test_what_has_passed_is_not_run_again(three_stages, capsys):
     assert gpu_check.main(["--stage", "passes"]) == 0
 
 
+def test_the_benchs_stages_are_one_run(three_stages, monkeypatch, capsys):
+    """So that a report shows all of them; after a stop as well."""
+    made, ran = gpu_check._bench("gpu-x"), []
+
+    def run(command, **options):
+        ran.append(command)
+        return gpu_check.subprocess.CompletedProcess(command, len(ran) == 2)
+
+    stages = tuple(gpu_check.Stage(name, "", made, 1) for name in ("a", "b"))
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    gpu_check.main([])
+    gpu_check.main([])
+    assert [command[: len(made)] for command in ran] == [made] * 3
+    assert len({tuple(command[len(made) :]) for command in ran}) == 1
+    assert ran[0][len(made)] == "--run"
+
+
 def test_stages_are_short():
     assert all(stage.minutes < 10 for stage in gpu_check.STAGES)
     names = [stage.name for stage in gpu_check.STAGES]

@@ -62,9 +62,10 @@ def flops(problem: Problem, direction: str) -> int:
 
 
 def least_bytes(problem: Problem, direction: str) -> int:
-    rows, value = two_maps.row_bytes(problem)
-    gates = 2 * 4 * problem.Lq**2
-    forward, backward = rows + 2 * value + gates, 2 * rows + 3 * value + 2 * gates
+    operands, out = two_maps.operand_bytes(problem)
+    operands += 2 * 4 * problem.Lq**2  # the gates
+    keys = two_maps.mask_bytes(problem)[0]
+    forward, backward = operands + keys + out, 2 * operands + keys + out
     return {"bwd": backward, "both": forward + backward}.get(direction, forward)
 
 

@@ -1,6 +1,6 @@
 """score_masked_attention for the bench: operands, reference, FLOPs, bytes and peers.
 
-FLOPs: the matrix products of every pair and of the network's rows; the backward pass is charged
+FLOPs: the matrix products of visible pairs and of the network's rows; the backward pass is charged
 with one product a gradient and one recomputation of the scores, the network's with none: that a
 kernel computes activations again is its own affair.
 """
@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -138,7 +139,7 @@ def score_size(problem: Problem) -> float:
 
 def flops(problem: Problem, direction: str) -> int:
     p = problem
-    pairs = p.B * p.H * p.Lq * p.Lk
+    pairs = p.H * p.Lq * _visible_keys(p)
     network = p.B * (1 if p.heads == "mean" else p.H) * p.Lq
     network *= sum(a * b for a, b in pairwise(p.widths))
     forward, backward = 2 * (pairs * 2 * p.D + network), 2 * (pairs * 5 * p.D + 2 * network)
@@ -151,9 +152,17 @@ def least_bytes(problem: Problem, direction: str) -> int:
     rows, keys = p.B * p.H * p.Lq * p.D, p.B * p.H * p.Lk * p.D
     network = sum((a + 1) * b for a, b in pairwise(p.widths))
     operands = rows + 2 * keys + network
-    forward, backward = operands + rows, 2 * operands + rows
+    mask = p.B * p.Lk if p.key_mask else 0
+    forward = _BYTES[p.dtype] * (operands + rows) + mask
+    backward = _BYTES[p.dtype] * (2 * operands + rows) + mask
     whole = {"fwd": forward, "call": forward, "bwd": backward}
-    return _BYTES[p.dtype] * whole.get(direction, forward + backward)
+    return whole.get(direction, forward + backward)
+
+
+@lru_cache(maxsize=64)
+def _visible_keys(problem: Problem) -> int:
+    """Over all samples."""
+    return int(draw(problem).key_mask.sum()) if problem.key_mask else problem.B * problem.Lk
 
 
 def label(problem: Problem) -> str:

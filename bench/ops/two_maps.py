@@ -5,13 +5,15 @@ Problem of python_ref.inputs, FLOPs by counted pairs, and plain PyTorch's two ma
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lam_kernels.patterns import encode, specs, visible_pairs
-from python_ref.inputs import Operands, Problem, draw_pattern
+from python_ref.inputs import Operands, Problem, draw_pattern, mask_shape
 
 
 @dataclass
@@ -90,8 +92,11 @@ def sdpa(operands: TwoMaps, query: Tensor, key: Tensor, value: Tensor) -> tuple[
     )
 
 
+@lru_cache(maxsize=64)
 def pairs(problem: Problem) -> tuple[int, int]:
-    """Pairs of the global and of the local half; the key mask counts as seen."""
+    """Visible pairs of the global and of the local half."""
+    if problem.key_mask:
+        return _counted_pairs(problem)
     whole = problem.B * problem.H * problem.Lq * problem.Lk
     flat, _ = encode(draw_pattern(problem, torch.Generator().manual_seed(0)), problem.H)
     found = [visible_pairs(spec, problem.Lq, problem.Lk) for spec in specs(flat)]
@@ -100,10 +105,34 @@ def pairs(problem: Problem) -> tuple[int, int]:
     return whole, problem.B * (sum(found) if len(found) > 1 else problem.H * found[0])
 
 
-def row_bytes(problem: Problem) -> tuple[int, int]:
-    """Bytes of query and key, and of one value or result."""
-    size = {"float32": 4, "float64": 8}.get(problem.dtype, 2) * problem.B * problem.H
-    return size * (problem.Lq + problem.Lk) * problem.D, size * problem.Lq * problem.Dv
+def _counted_pairs(problem: Problem) -> tuple[int, int]:
+    operands = draw(problem, "cpu", 1, False)
+    samples = operands.key_mask.sum(0)  # how many see each key
+    operands.key_mask = None
+    _, near = seen(operands)
+    queries = near.expand(1, problem.H, -1, -1).sum((0, 1, 2))  # of all heads, near each key
+    return problem.H * problem.Lq * int(samples.sum()), int((samples * queries).sum())
+
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+def operand_bytes(problem: Problem) -> tuple[int, int]:
+    """Bytes of query, key and value, and of one result."""
+    p, size = problem, _BYTES[problem.dtype] * problem.B * problem.H
+    return size * ((p.Lq + p.Lk) * p.D + p.Lk * p.Dv), size * p.Lq * p.Dv
+
+
+def mask_bytes(problem: Problem) -> tuple[int, int]:
+    """Bytes of the masks' entries that the global half uses, and of the learned ones' gradients."""
+    p, read, gradients = problem, problem.B * problem.Lk if problem.key_mask else 0, 0
+    share = pairs(p)[0] / max(1, p.B * p.H * p.Lq * p.Lk)
+    for letter, name in (("m", "multiplier"), ("b", "bias")):
+        if axes := getattr(p, name):
+            size = _BYTES[getattr(p, f"{name}_dtype") or p.dtype] * prod(mask_shape(p, axes))
+            read += round(size * share) if axes.endswith("qk") else size
+            gradients += size if letter in p.grads else 0
+    return read, gradients
 
 
 def label(problem: Problem) -> str:

@@ -10,7 +10,7 @@ def row(**changes) -> dict:
         "case": "length-L128", "section": "lengths", "label": "B1 H8 L128 D64", "measure": "time",
         "dtype": "fp32", "direction": "both", "contender": "ours", "median_ms": 2.0, "p20_ms": 1.98,
         "p80_ms": 2.02, "samples": 9, "dropped": 1, "disturbed": False, "delay_measured": True,
-        "share_of_matmul": 0.5, "share_of_copy": 0.1, "tflops": 0.1, "flops": 10**9,
+        "share_of_matmul": 0.5, "share_of_copy": 0.1, "tflops": 0.1, "gbps": 2.0, "flops": 10**9,
         "least_bytes": 10**7, "length": 128, "device": "cpu", "problem": "Problem(Lq=128)",
     } | changes  # fmt: skip
     return {name: value for name, value in made.items() if value is not None}
@@ -24,7 +24,8 @@ def timed(median_ms: float, **changes) -> dict:
 
 def peaks(**changes) -> dict:
     measured = ("median_ms", "p20_ms", "p80_ms", "samples", "disturbed", "direction", "label",
-                "problem", "length", "flops", "least_bytes", "tflops", "dropped")  # fmt: skip
+                "problem", "length", "flops", "least_bytes", "tflops", "gbps",
+                "dropped")  # fmt: skip
     made = dict.fromkeys(measured) | {
         "case": "peaks", "section": "peaks", "measure": "peaks", "contender": "torch",
         "matmul_tflops": 0.2, "peak_tflops": 0.25, "copy_gbps": 20.0,

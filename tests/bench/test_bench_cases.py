@@ -148,6 +148,30 @@ def test_the_page_of_window_attention(name, problem):
     assert errors.keys() == {"out", "query", "key", "value", "bias"}
 
 
+@pytest.mark.parametrize("fault", [False, True])
+@pytest.mark.parametrize("direction", ["fwd", "both"])
+def test_the_global_half_alone_is_checked(fault, direction, monkeypatch):
+    import lam_kernels
+
+    original = lam_kernels.masked_attention
+    found = ops.page("global_local_attention")
+
+    def served(*given, **options):
+        return original(*given, **options, backend="reference") * (1.001 if fault else 1.0)
+
+    monkeypatch.setattr(lam_kernels, "masked_attention", served)
+    problem = Problem(B=2, H=2, Lq=9, D=4, pattern="Toeplitz(2)", multiplier="b1qk")
+    one = contender.contender(found, "ours_global", problem, direction, "reference", found.draw)
+    parts = one.peer.expected(problem, "cpu")
+    _, wrong = check.problems_in(one.result(), found, problem, parts=parts)
+    assert bool(wrong) == fault
+
+
+def test_w5_is_the_network_of_the_paper():
+    problem = CASES["W5"].problem
+    assert (problem["depth"], problem["hidden"], problem["key_mask"]) == (32, 32, True)
+
+
 def test_a_frozen_mask_gets_no_gradient():
     errors, wrong = _errors("ours", DENSE.but(grads="qkv"))
     assert not wrong

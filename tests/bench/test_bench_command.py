@@ -87,7 +87,7 @@ def test_environment_of_the_allocators(monkeypatch):
         (["run", "--dtype", "fp8"], "--dtype 'fp8': expected some of fp32"),
         (["run", "--peer", "flax"], "--peer 'flax'"),
         (["run", "--allocator", "jemalloc"], "--allocator 'jemalloc'"),
-        (["run", "--threads", "0"], "numbers of at least 1"),
+        (["run", "--threads", "0"], "numbers from 1 to 9999"),
         (["run", "--op", "softmax"], "--op 'softmax': expected some of masked_attention"),
         (["run", "--workload", "W23"], "expected W1 to W22, B,H,Lq,Lk,D or"),
         (["run", "--workload", "8,12,197,64"], "expected five numbers B,H,Lq,Lk,D"),
@@ -100,6 +100,10 @@ def test_environment_of_the_allocators(monkeypatch):
          "--bias: score_masked_attention has no such operand"),
         (["run", "--workload", "W1", "--batch", "half"], "--batch 'half'"),
         (["run", "--samples", "0"], "--samples must be more than 0"),
+        (["run", "--seconds", "nan"], "--seconds must be more than 0 and finite"),
+        (["run", "--seconds", "inf"], "--seconds must be more than 0 and finite"),
+        (["run", "--threads", "99999"], "numbers from 1 to 9999"),
+        (["run", "--results", f"{__file__}/x/rows.jsonl"], "Not a directory"),
         (["run", "--graph"], "need --device cuda"),
         (["run", "--case", "smoke-dense", "--device", "cuda"], "sees no CUDA device"),
         (["run", "--case", "smoke-dense", "--backend", "quantum"], "backend 'quantum'"),
@@ -128,6 +132,54 @@ def test_given_sizes_are_a_problem_of_every_op(op, capsys):
     asked = f"run --workload 1,2,10,10,8 --op {op} --peer none --dtype fp32 --samples 3 --no-save"
     assert main([*asked.split(), "--allocator", record.allocator_of()]) == 0
     assert "ms (" in capsys.readouterr().out
+
+
+def test_a_run_of_part_of_a_set_is_no_run_of_the_set(tmp_path, monkeypatch):
+    """It would take the set's place in the README's table."""
+    for name in record.ALLOCATORS["kept"]:
+        monkeypatch.delenv(name, raising=False)
+    from bench import measure, run
+
+    monkeypatch.setattr(measure, "measure", lambda *given: [])
+    monkeypatch.setattr(run.lines, "describe", lambda rows: "")
+    monkeypatch.setattr(measure, "peaks", lambda *given: {"matmul_tflops": 1.0, "peak_tflops": 1.0,
+                                                          "copy_gbps": 1.0})  # fmt: skip
+    monkeypatch.setattr(run, "_run_apart", lambda args, allocators: 0)
+    path = tmp_path / "rows.jsonl"
+
+    def set_of(*arguments):
+        path.unlink(missing_ok=True)
+        assert main(["run", "--set", "windows", "--results", str(path), *arguments]) == 0
+        return record.read(path)[0]["set"]
+
+    mine = ["--allocator", "default", "--run", "r1"]  # as each process of a whole run is called
+    assert set_of(*mine) == "windows"
+    assert set_of(*mine, "--memory") == "windows"
+    for more in (["--samples", "1"], ["--seconds", "0.1"], ["--backend", "reference"],
+                 ["--threads", "1"], ["--dtype", "fp32"], ["--batch", "1"],
+                 ["--part"]):  # fmt: skip
+        assert set_of(*mine, *more) == "part", more
+    assert set_of("--allocator", "default") == "part"
+
+
+def test_a_memory_measurement_that_failed_is_said(monkeypatch, capsys):
+    failed = {"error": "exit code -9: no output"}
+    monkeypatch.setattr(memory, "measure_apart", lambda *given, **rest: failed)
+    asked = "run --workload 1,2,10,10,8 --peer eager --dtype fp32 --samples 3 --no-save --memory"
+    assert main([*asked.split(), "--allocator", record.allocator_of()]) == 0
+    assert capsys.readouterr().out.count("memory: exit code -9: no output") == 2
+
+
+def test_a_contender_that_the_op_does_not_have_is_named():
+    from bench import contender
+
+    with pytest.raises(ValueError, match="score_masked_attention has no contender 'blocks64'"):
+        contender.peer_of(ops.page("score_masked_attention"), "blocks64")
+
+
+def test_the_table_has_rows_of_what_this_version_does_not_have():
+    text = table.render([_row(), _row(contender="ours", case="W3", missing="not in this version")])
+    assert "not in this version" in text
 
 
 def test_a_broken_results_file_is_named_with_its_line(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What got slower: on made-up rows, and on a contender that was slowed down on purpose."""
 
 import json
+import random
 import subprocess
 import time
 
@@ -12,6 +13,7 @@ from bench.__main__ import main
 from bench.cases import Case
 from bench.contender import Peer
 from bench.ops import masked_attention as page
+from bench.timing import spread
 
 
 def _run(ours, peers, **common):
@@ -69,6 +71,49 @@ def test_a_change_within_the_noise_is_unclear():
     assert found.drift_spread > 0.3
 
 
+def test_a_noisy_contender_makes_an_unsure_drift():
+    """One unchanged contender says little about the machine when its own samples are wide."""
+    wide = {"contender": "eager", "p20_ms": 3.0, "p80_ms": 5.0}
+    a, b = ([timed(2.0), timed(ms) | wide] for ms in (4.6, 4.0))
+    assert _verdicts(a, b)[0] == ["unclear"]
+    narrow = {"contender": "eager"}
+    a, b = ([timed(2.0), timed(ms, **narrow)] for ms in (4.6, 4.0))
+    assert _verdicts(a, b)[0] == ["slower"]
+
+
+def test_many_measurements_of_one_build_raise_no_alarm():
+    """Forty measurements of samples that vary by 8 %: with 2 sigmas for each every fourth
+    comparison of a build with itself would find something slower."""
+    draw = random.Random(0)
+
+    def measured(ms=2.0):
+        samples = [ms * draw.lognormvariate(0, 0.08) for _ in range(7)]
+        low, middle, high = spread(samples)
+        return {"median_ms": middle, "p20_ms": low, "p80_ms": high, "samples": 7}
+
+    def run(**slower):
+        names = [(f"c{i}", name) for i in range(40) for name in ("ours", "eager", "compile")]
+        return [
+            row(case=case, problem=case, contender=name,
+                **measured(slower.get(case, 2.0) if name == "ours" else 4.0))
+            for case, name in names
+        ]  # fmt: skip
+
+    alarms = sum(compare.compared(run(), run()).regressed for _ in range(40))
+    assert alarms <= 4
+    found = [compare.compared(run(), run(c7=3.0)).changes[0] for _ in range(10)]
+    assert sum(change.verdict == "slower" and "c7 " in change.what for change in found) >= 9
+
+
+def test_another_kernel_of_ours_is_no_change():
+    a, b = (timed(ms, backend=name) for ms, name in ((2.0, "cpu"), (9.0, "reference")))
+    with pytest.raises(ValueError, match="no measurement in common"):
+        compare.compared([a], [b])
+    again = timed(9.0, backend="reference", case="other")
+    _, found = _verdicts([a, again], [b, again])
+    assert any("1 measurements of ours are in the first run only" in note for note in found.notes)
+
+
 def test_few_samples_decide_nothing():
     assert _verdicts([timed(2.0, samples=2)], [timed(9.0, samples=2)])[0] == ["too few samples"]
 
@@ -112,8 +157,12 @@ def test_other_versions_give_no_drift():
 def test_other_machines_and_other_cases_are_refused():
     with pytest.raises(ValueError, match="different machines: A CPU and B CPU"):
         compare.compared([timed(1.0)], [timed(1.0, machine="B CPU")])
+    with pytest.raises(ValueError, match=r"different machines: 2 and 16 \(cpus\)"):
+        compare.compared([timed(1.0)], [timed(1.0, cpus=16)])
     with pytest.raises(ValueError, match="no measurement in common"):
         compare.compared([timed(1.0)], [timed(1.0, case="other")])
+    with pytest.raises(ValueError, match="no measurement in common"):
+        compare.compared([timed(1.0)], [timed(1.0, threads=1)])
 
 
 def test_the_command_and_its_exit_code(tmp_path, capsys):
@@ -157,7 +206,7 @@ def _measured(path, run_id, delay, monkeypatch):
         samples=5, seconds=5.0, threads=1, allocator="default", backends=("reference",)
     )
     peak = {}
-    names = ("date", "machine", "torch", "commit", "python", "kernel_level")
+    names = ("date", "machine", "torch", "commit", "python", "kernel_level", "level", "lam_kernels")
     facts = dict.fromkeys(names, "x") | {"run": run_id, "cpus": 2}
     rows = measure.measure(case, "fp32", "fwd", settings, peak)
     assert not [r for r in rows if "error" in r]

@@ -3,6 +3,7 @@
 import pytest
 from torch import Tensor
 
+from bench.ops import global_local_attention, map_gated_attention, score_masked_attention
 from bench.ops import masked_attention as cost
 from lam_kernels import LowRankMask
 from python_ref.inputs import Problem
@@ -130,3 +131,108 @@ def test_hidden_entries_of_a_mask_need_not_be_read():
     local = dense.but(pattern="BlockDiagonal(8)")
     saved = cost.least_bytes(dense, "fwd") - cost.least_bytes(local, "fwd")
     assert saved == (64 * 64 - 8 * 64) * 4
+
+
+TWO_MAPS = [
+    Problem(B=2, H=3, Lq=7, D=4, Dv=6, pattern="Toeplitz(2)"),
+    Problem(B=2, H=2, Lq=8, D=3, pattern="BlockDiagonal(4)", key_mask=True, seed=3),
+    Problem(B=1, H=2, Lq=9, D=2, pattern=("Toeplitz(1)", "DilatedToeplitz(4, 2)"), key_mask=True),
+    Problem(B=1, H=2, Lq=6, D=2, dtype="bfloat16"),
+]
+WITH_MASKS = [
+    Problem(B=2, H=2, Lq=5, Lk=7, D=4, pattern="Toeplitz(1)", multiplier="b1qk", bias="1h1k"),
+    Problem(B=2, H=2, Lq=5, D=4, pattern="Toeplitz(1)", multiplier="11qk", grads="qkv"),
+]
+
+
+def _pairs_of_two_maps(operands):
+    """(visible to the global half, and to the local one), one pair at a time."""
+    p = operands.problem
+    patterns = operands.pattern if isinstance(operands.pattern, list) else [operands.pattern] * p.H
+    dense = [None if one is None else one.dense(p.Lq, p.Lk) for one in patterns]
+    whole = near = 0
+    for b in range(p.B):
+        for h in range(p.H):
+            for i in range(p.Lq):
+                for j in range(p.Lk):
+                    seen = operands.key_mask is None or bool(operands.key_mask[b, j])
+                    whole += seen
+                    near += seen and (dense[h] is None or bool(dense[h][i, j]))
+    return whole, near
+
+
+@pytest.mark.parametrize("problem", TWO_MAPS + WITH_MASKS[:1], ids=repr)
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "both", "call"])
+def test_flops_of_global_and_local(problem, direction):
+    whole, near = _pairs_of_two_maps(global_local_attention.draw(problem))
+    D, Dv = problem.D, problem.Dv
+    count = 0
+    if direction != "bwd":
+        count += whole * (D + Dv) + near * Dv  # S, P V, local P V
+    if direction in ("bwd", "both"):
+        count += whole * (D + D + D + Dv + Dv) + near * (Dv + Dv)  # S, dQ, dK, dP, dV
+    assert global_local_attention.flops(problem, direction) == 2 * count
+
+
+@pytest.mark.parametrize("problem", TWO_MAPS, ids=repr)
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "both", "call"])
+def test_flops_of_gated_maps(problem, direction):
+    whole, near = _pairs_of_two_maps(map_gated_attention.draw(problem))
+    D, Dv, T = problem.D, problem.Dv, problem.Lq
+    count = 0
+    if direction != "bwd":
+        count += whole * (D + Dv) + (whole + near) * T  # S, A V, each map times its gate
+    if direction in ("bwd", "both"):
+        count += whole * (D + D + D + Dv + Dv)  # S, dQ, dK, dA, dV
+        count += (whole + near) * (T + T + T)  # the logit, a map's gradient, its gate's
+    assert map_gated_attention.flops(problem, direction) == 2 * count
+
+
+NETWORKS = [
+    score_masked_attention.Problem(B=2, H=3, Lq=5, Lk=7, D=4, depth=3, hidden=6),
+    score_masked_attention.Problem(B=3, H=2, Lq=4, Lk=8, D=2, depth=1, key_mask=True),
+    score_masked_attention.Problem(B=2, H=2, Lq=3, Lk=5, D=2, depth=2, heads="mean", fusion="add"),
+]
+
+
+@pytest.mark.parametrize("problem", NETWORKS, ids=repr)
+@pytest.mark.parametrize("direction", ["fwd", "bwd", "both", "call"])
+def test_flops_of_a_network_of_the_scores(problem, direction):
+    p = problem
+    operands = score_masked_attention.draw(p)
+    keys = p.B * p.Lk if operands.key_mask is None else int(operands.key_mask.sum())
+    pairs = p.H * p.Lq * keys
+    rows = p.B * (1 if p.heads == "mean" else p.H) * p.Lq
+    network = sum(rows * weight.numel() for weight in operands.weights)
+    count = 0
+    if direction != "bwd":
+        count += pairs * (p.D + p.D) + network  # S, P V
+    if direction in ("bwd", "both"):
+        count += pairs * 5 * p.D + 2 * network  # S, dQ, dK, dP, dV; a layer's input and weight
+    assert score_masked_attention.flops(p, direction) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("page", "problem"),
+    [
+        *((global_local_attention, p) for p in TWO_MAPS + WITH_MASKS),
+        *((map_gated_attention, p) for p in TWO_MAPS),
+        *((score_masked_attention, p) for p in NETWORKS),
+    ],
+    ids=repr,
+)
+def test_least_bytes_of_the_other_ops(page, problem):
+    """Operands in, results out; backward reads those and the results' gradients, where it needs
+    them the results, and writes gradients."""
+    operands = page.draw(problem)
+    given = [t for t in page.arguments(operands) if t is not None]
+    keys = [] if operands.key_mask is None else [operands.key_mask]
+    if operands.key_mask is not None and page is global_local_attention:
+        assert problem.multiplier is None  # entries that nobody sees need not be read
+    read, results = _bytes_of(given + keys), _bytes_of(page.grad_outs(operands))
+    forward = read + results
+    again = results if page is global_local_attention else 0
+    backward = read + results + again + _bytes_of(page.leaves(operands).values())
+    assert page.least_bytes(problem, "fwd") == page.least_bytes(problem, "call") == forward
+    assert page.least_bytes(problem, "bwd") == backward
+    assert page.least_bytes(problem, "both") == forward + backward

@@ -195,3 +195,15 @@ def test_a_run_on_the_device(tmp_path):
     assert all(row["gpu"] for row in rows.values())
     assert rows["eager+graph"]["median_ms"] > 0
     assert rows["eager"]["peak_mib"] > 0
+
+
+@needs_cuda
+def test_a_profiled_step_on_the_device(tmp_path, capsys):
+    from bench.__main__ import main
+
+    arguments = ["--device", "cuda", "--steps", "1", "--output", str(tmp_path)]
+    assert main(["profile", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "attention forward" in printed
+    assert "attention backward" in printed
+    assert (tmp_path / "after.json.gz").stat().st_size > 0
