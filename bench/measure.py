@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -141,7 +142,8 @@ def _contenders(case, page, problem, direction, settings) -> list[str]:
     if wanted is None:
         wanted = page.usual_peers(problem, settings.device, direction)
     mine = ["ours", *(f"ours:{name}" for name in settings.backends[1:])]
-    names = [*mine, *(p for p in wanted if p not in mine)]
+    known = {*mine, f"ours:{settings.backends[0]}"}
+    names = [*mine, *(p for p in wanted if p not in known)]
     if settings.graph:
         names += [f"{name}+graph" for name in names]
     return names
@@ -181,7 +183,8 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
 
     deciding = set(names)
     if goals:  # the others are only context then, and sampled less
-        deciding = {n for n in names if n.startswith("ours")}.union(*(g.peers for g in goals))
+        held = {name for goal in goals for peer in goal.peers for name in (peer, f"{peer}+graph")}
+        deciding = held | {n for n in names if n.startswith("ours")}
     rows, runners = {}, []
     for name in names:
         rows[name] = row = _named(name, settings)
@@ -214,8 +217,9 @@ def _timed_rows(case, page, problem, direction, settings, names, goals, peak) ->
         peak |= _raised(peak, series, settings.device)  # for the cases that follow as well
     for name, one in series.items():
         rows[name] |= _times(one, settings, rows[name], peak)
-        if name != "ours" and "ours" in series:
-            rows[name] |= _against(series["ours"], one)
+        mine = "ours+graph" if name.endswith("+graph") and name != "ours+graph" else "ours"
+        if name != mine and mine in series:  # graphs against ours as a graph
+            rows[name] |= _against(series[mine], one)
     for name in series if settings.memory and settings.device == "cpu" else ():
         found = memory_row(case, problem, direction, settings, name)
         rows[name] |= {k: found[k] for k in ("peak_mib", "kept_mib") if k in found}
@@ -292,15 +296,17 @@ def _times(series: timing.Series, settings: Settings, row: dict, peak: dict) -> 
 
 
 def _judge(rows: list[dict], goals: list[Goal], measure: str) -> None:
-    """Write target and target_met into a goal's row: its fastest peer's, or ours for memory."""
+    """Write target and target_met into a goal's row: its fastest peer's, of the plain calls and of
+    the CUDA graphs; or ours for memory."""
     ours = rows[0]
-    for goal in goals:
-        if measure == "memory":
+    if measure == "memory":
+        for goal in goals:
             ours["target"] = goal.at_most
             if "peak_mib" in ours:
                 ours["target_met"] = ours["peak_mib"] <= goal.at_most
-            continue
-        peers = [r for r in rows if r["contender"] in goal.peers]
+        return
+    for goal, way in itertools.product(goals, ("", "+graph")):
+        peers = [r for r in rows if r["contender"] in {f"{peer}{way}" for peer in goal.peers}]
         timed = [r for r in peers if "median_ms" in r]
         if not timed:
             for row in peers:

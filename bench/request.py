@@ -33,7 +33,8 @@ examples
 how to read a line
   ours/this 0.74 (0.72 .. 0.77)
       our time divided by that contender's: median, 20 and 80 percentiles of the ratios within one
-      round of samples (no spread: fewer than three rounds in common); below 1 we are faster
+      round of samples (no spread: fewer than three rounds in common); below 1 we are faster. A
+      contender as a CUDA graph is compared with ours as one
   target 0.65 NOT reached
       the ratio that the project holds itself to
   9 samples, 2 dropped

@@ -275,6 +275,46 @@ def columns_kernel(
         store_rows(grad_value, key_pair, column, Lk, DV, BLOCK_DV, dv)
 
 
+@triton.jit
+def _tile_slopes(
+    o, g, batch, head, row, first_column, column, scale,
+    seed, offset, threshold, keep_scale, H, group, Lq, Lk,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, N_TERMS: tl.constexpr, CODE: tl.constexpr, STEPPED: tl.constexpr,
+    GATE: tl.constexpr, DROPOUT: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK_D: tl.constexpr,
+):  # fmt: skip
+    """(dM, dA) of one head's tile."""
+    rows = row[:, None]
+    columns = column[None, :]
+    pair = batch * H + head
+    low, high = key_bounds(o.terms, head, rows, Lq, Lk, N_TERMS, CODE, False)
+    lse, delta = row_statistics(g.lse, g.delta, pair, row, Lq)
+    s = product_of_rows(
+        base_of(o.query, batch, head), o.query.row, row, Lq,
+        base_of(o.key, batch, head // group), o.key.row, column, Lk,
+        D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
+    )  # fmt: skip
+    s = s * scale
+    dp = product_of_rows(
+        base_of(g.grad_out, batch, head), g.grad_out.row, row, Lq,
+        base_of(o.value, batch, head // group), o.value.row, column, Lk,
+        DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+    )  # fmt: skip
+    if DROPOUT:
+        kept = kept_pairs(
+            rows, first_column, columns, pair, seed, offset, threshold, BLOCK_N, not STEPPED
+        )
+        dp = tl.where(kept, dp * keep_scale, 0.0)
+    seen = seen_pairs(o, batch, head, rows, columns, low, high, Lq, Lk, N_TERMS, CODE, False, EVEN)
+    multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
+    bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
+    _, _, dm, da = slopes(
+        o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
+    )
+    return dm, da
+
+
 @triton.jit(do_not_specialize=(*VARYING, "row_tiles", "column_tiles", "batches", "heads", "splits"))
 def tiles_kernel(
     o, g, grads, split_stride, scale, seed, offset, threshold, keep_scale, H, group, Lq, Lk,
@@ -321,37 +361,32 @@ def tiles_kernel(
     for sharer in range(split, batches * heads, splits):
         batch = own_batch + sharer // heads
         head = own_head + sharer % heads
-        pair = batch * H + head
-        low, high = key_bounds(o.terms, head, rows, Lq, Lk, N_TERMS, CODE, False)
-        lse, delta = row_statistics(g.lse, g.delta, pair, row, Lq)
-        s = product_of_rows(
-            base_of(o.query, batch, head), o.query.row, row, Lq,
-            base_of(o.key, batch, head // group), o.key.row, column, Lk,
-            D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
-        )  # fmt: skip
-        s = s * scale
-        dp = product_of_rows(
-            base_of(g.grad_out, batch, head), g.grad_out.row, row, Lq,
-            base_of(o.value, batch, head // group), o.value.row, column, Lk,
-            DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
-        )  # fmt: skip
-        if DROPOUT:
-            kept = kept_pairs(
-                rows, first_column, columns, pair, seed, offset, threshold, BLOCK_N, not STEPPED
+        if N_TERMS > 0 and CODE < 0:  # the heads' patterns differ: those that leave this tile out
+            begin, stop = tile_range(
+                o.terms, head, first_row, Lq, Lk, 1, 0, BLOCK_M, N_TERMS, CODE, False, False
             )
-            dp = tl.where(kept, dp * keep_scale, 0.0)
-        seen = seen_pairs(
-            o, batch, head, rows, columns, low, high, Lq, Lk, N_TERMS, CODE, False, EVEN
-        )
-        multiplier = learned_tile(o.multiplier, batch, head, rows, columns, Lq, Lk, EVEN)
-        bias = learned_tile(o.bias, batch, head, rows, columns, Lq, Lk, EVEN)
-        _, _, dm, da = slopes(
-            o, s, dp, seen, multiplier, bias, lse[:, None], delta[:, None], GATE, HIDES
-        )
-        if grads.multiplier is not None:
-            dm_total += dm
-        if grads.bias is not None:
-            da_total += da
+            if (first_column < stop) & (first_column + BLOCK_N > begin):
+                dm, da = _tile_slopes(
+                    o, g, batch, head, row, first_column, column, scale,
+                    seed, offset, threshold, keep_scale, H, group, Lq, Lk,
+                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, N_TERMS, CODE, STEPPED, GATE, DROPOUT,
+                    HIDES, EVEN, PRECISION, CHUNK_D,
+                )  # fmt: skip
+                if grads.multiplier is not None:
+                    dm_total += dm
+                if grads.bias is not None:
+                    da_total += da
+        else:
+            dm, da = _tile_slopes(
+                o, g, batch, head, row, first_column, column, scale,
+                seed, offset, threshold, keep_scale, H, group, Lq, Lk,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, N_TERMS, CODE, STEPPED, GATE, DROPOUT,
+                HIDES, EVEN, PRECISION, CHUNK_D,
+            )  # fmt: skip
+            if grads.multiplier is not None:
+                dm_total += dm
+            if grads.bias is not None:
+                da_total += da
     ahead = split.to(tl.int64) * split_stride
     if grads.multiplier is not None:
         mask_gradient_tile(

@@ -1,5 +1,7 @@
 """The cases are what the project promised to measure; contenders compute what they claim."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from bench.ops import masked_attention as page
 from bench.workloads import CPU_PAIRS, WORKLOADS, on_cpu
 from python_ref.inputs import Problem
 
+ROOT = Path(__file__).resolve().parents[2]
 # The targets table as it was set: shape; fp32 over compile, over SDPA; the same in bf16.
 PROMISED = {
     "dense-L50": ("B16 H12 L50 D64", 0.70, 0.70, 0.60, 0.20),
@@ -41,7 +44,7 @@ def test_cases_are_well_formed(case):
     if case.why_not or ops.missing(case.op):
         return
     peers = ops.page(case.op).PEERS
-    assert set(case.peers or ()) <= peers.keys()
+    assert {contender.split_name(peer)[0] for peer in case.peers or ()} <= peers.keys()
     assert all(set(goal.peers) <= set(case.peers) for goal in case.goals)
     for dtype in case.dtypes:
         problem = measure.problem_of(case, dtype)
@@ -267,6 +270,37 @@ def test_a_goal_is_judged_against_the_fastest_of_its_peers():
     measure._judge(rows, [Goal(0.4, ("a", "b"))], "time")
     assert "target" not in rows[1]
     assert rows[2] | {"target": 0.4, "target_met": False} == rows[2]
+
+
+def test_graphs_are_judged_against_ours_as_a_graph():
+    rows = [
+        {"contender": "ours", "median_ms": 3.0},
+        {"contender": "a", "median_ms": 10.0, "ours_over_this": 0.3},
+        {"contender": "ours+graph", "median_ms": 1.0},
+        {"contender": "a+graph", "median_ms": 2.0, "ours_over_this": 0.5},
+    ]
+    measure._judge(rows, [Goal(0.4, ("a",))], "time")
+    assert [row.get("target_met") for row in rows] == [None, True, None, False]
+
+
+def test_short_gpu_cases_are_held_to_our_other_backend():
+    """Every workload of the CUDA kernels, with the gradient of its mask."""
+    chosen = {case.name: case for case in select("gpu") if case.name.startswith("gpu-W")}
+    assert {name.split("-")[1] for name in chosen} == {"W1", "W5", "W6", "W8", "W12", "W18", "W19"}
+    predicted = (ROOT / "docs" / "cuda_kernels.md").read_text()
+    for case in chosen.values():
+        assert f"\n| {case.name.removeprefix('gpu-')} | 1 | " in predicted
+        held = {goal.peers: goal.at_most for goal in case.goals_of("bf16", "both")}
+        assert held["ours:triton",] == pytest.approx(1 / 1.3)
+        assert held["flex", "sdpa_floatmask_grad"] == pytest.approx(1 / 3)
+        problem = measure.problem_of(case, "bf16")
+        assert set("qkv") < set(problem.grads)
+        settings = _settings(backends=("cuda", "triton"))
+        names = measure._contenders(case, page, problem, "both", settings)
+        assert names[:2] == ["ours", "ours:triton"]
+        assert len(set(names)) == len(names)
+        alone = _settings(backends=("triton",))
+        assert "ours:triton" not in measure._contenders(case, page, problem, "both", alone)
 
 
 def test_threads_are_given_back():

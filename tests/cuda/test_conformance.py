@@ -1,6 +1,9 @@
 """Each inline-PTX wrapper on a GPU against its emulation, bit for bit: what a GPU runs first.
 
 pytest tests/cuda/test_conformance.py
+
+It needs neither library of backend "cuda", so it is not counted there: without them it would be
+skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ def emulated() -> list[list[str]]:
     return lines_of(build("conformance", units, PLAIN))
 
 
-@pytest.mark.backend("cuda")
 def test_every_wrapper_has_a_conformance_test(emulated):
     """All that hold an asm statement; commit and wait are tested through the copies."""
     text = (ROOT / "csrc" / "cuda" / "ptx.cuh").read_text()
@@ -39,7 +41,6 @@ def test_every_wrapper_has_a_conformance_test(emulated):
     )
 
 
-@pytest.mark.backend("cuda")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_device_equals_emulation(emulated, wrapper, tmp_path):
     nvcc = setup_py()["cuda_home"]()

@@ -1,4 +1,9 @@
-"""What only CUDA tensors can show: choice of the backend, streams, graphs, compilation, memory."""
+"""What only CUDA tensors can show, of backends "triton" and "cuda": choice of the backend, streams,
+graphs, compilation, memory.
+
+Backend "cuda" takes part where its kernels were built and LAM_EMULATE_CUDA=0 is in the environment,
+as in `make gpu-check`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from tolerance import assert_accurate
 
 import lam_kernels
 from lam_kernels import Causal, LowRankMask, masked_attention
+from lam_kernels.ops import _cuda
 from python_ref.inputs import Problem
 
 pytestmark = [
@@ -25,8 +31,35 @@ SHORT = Problem(B=4, H=4, Lq=50, D=64, dtype="bfloat16", multiplier="b1qk")
 LOW_RANK = Problem(
     B=2, H=4, Lq=515, D=64, dtype="bfloat16", multiplier="rank 16: 11 11 11", bias="rank 100: b1 1h"
 )
-PROBLEMS = {"long": LONG, "short": SHORT, "low rank": LOW_RANK}
 SHORT_LOW_RANK = SHORT.but(multiplier="rank 16: b1 11 11")
+EACH = SHORT.but(bias="1hqk", pattern=("Causal()", None, "Toeplitz(9)", "Causal()"))
+STREAMED = SHORT.but(Lq=310, D=128, multiplier="11qk", key_mask=True)
+IN_TRITON = {
+    "long": LONG,
+    "short": SHORT,
+    "low rank": LOW_RANK,
+    "a pattern a head": EACH.but(Lq=130),
+}
+IN_CUDA = {
+    "short": SHORT,
+    "low rank": SHORT_LOW_RANK,
+    "a pattern a head": EACH,
+    "streamed": STREAMED,
+    "float32": STREAMED.but(dtype="float32"),
+}
+not_emulated = pytest.mark.skipif(
+    torch.cuda.is_available() and _cuda.emulated(), reason="only with LAM_EMULATE_CUDA=0"
+)
+BOTH = [
+    *(pytest.param("triton", one, id=f"triton-{name}") for name, one in IN_TRITON.items()),
+    *(
+        pytest.param(
+            "cuda", one, id=f"cuda-{name}", marks=(pytest.mark.backend("cuda"), not_emulated)
+        )
+        for name, one in IN_CUDA.items()
+    ),
+]
+ONE_EACH = [param for param in BOTH if param.id in ("triton-long", "cuda-short")]
 
 
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,8 +89,8 @@ def learned(masks) -> list[torch.Tensor]:
     return [x for x in found if x is not None]
 
 
-def run(problem, leaves, masks):
-    out = masked_attention(*leaves, **masks, backend="triton")
+def run(problem, leaves, masks, backend="triton"):
+    out = masked_attention(*leaves, **masks, backend=backend)
     return out, torch.autograd.grad(out.float().square().sum(), [*leaves, *learned(masks)])
 
 
@@ -68,65 +101,70 @@ def test_triton_comes_first_where_cuda_does_not_serve():
     assert masked_attention(*leaves, **masks).device.type == "cuda"
 
 
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_200_repeats_are_bitwise_equal(problem):
+@pytest.mark.parametrize(("backend", "problem"), BOTH)
+def test_200_repeats_are_bitwise_equal(backend, problem):
     leaves, masks = on_cuda(problem)
-    first = run(problem, leaves, masks)
+    first = run(problem, leaves, masks, backend)
     for _ in range(200):
-        again = run(problem, leaves, masks)
+        again = run(problem, leaves, masks, backend)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_graph_replay(problem):
+@pytest.mark.parametrize(("backend", "problem"), BOTH)
+def test_graph_replay(backend, problem):
     leaves, masks = on_cuda(problem)
-    out, gradients = run(problem, leaves, masks)
+    out, gradients = run(problem, leaves, masks, backend)
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run(problem, leaves, masks)
+        run(problem, leaves, masks, backend)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        captured = run(problem, leaves, masks)
+        captured = run(problem, leaves, masks, backend)
     with torch.no_grad():
         leaves[0].mul_(2)
     graph.replay()
-    expected = run(problem, leaves, masks)
+    expected = run(problem, leaves, masks, backend)
     assert torch.equal(captured[0], expected[0])
     assert all(torch.equal(a, b) for a, b in zip(captured[1], expected[1], strict=True))
     assert not torch.equal(captured[0], out)
     assert len(gradients) == len(captured[1])
 
 
-def test_no_wait_for_the_device():
-    leaves, masks = on_cuda(LONG)
-    run(LONG, leaves, masks)
+@pytest.mark.parametrize(("backend", "problem"), BOTH)
+def test_no_wait_for_the_device(backend, problem):
+    leaves, masks = on_cuda(problem)
+    run(problem, leaves, masks, backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(LONG, leaves, masks)
+        run(problem, leaves, masks, backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_compiled_is_eager():
-    leaves, masks = on_cuda(LONG)
+@pytest.mark.parametrize(("backend", "problem"), ONE_EACH)
+def test_compiled_is_eager(backend, problem):
+    leaves, masks = on_cuda(problem)
 
     def call(query, key, value, multiplier):
-        return masked_attention(query, key, value, multiplier=multiplier, pattern=Causal())
+        return masked_attention(
+            query, key, value, multiplier=multiplier, pattern=Causal(), backend=backend
+        )
 
     compiled = torch.compile(call, fullgraph=True)
     assert torch.equal(compiled(*leaves, masks["multiplier"]), call(*leaves, masks["multiplier"]))
 
 
-def test_another_stream():
-    leaves, masks = on_cuda(LONG)
-    expected, _ = run(LONG, leaves, masks)
+@pytest.mark.parametrize(("backend", "problem"), ONE_EACH)
+def test_another_stream(backend, problem):
+    leaves, masks = on_cuda(problem)
+    expected, _ = run(problem, leaves, masks, backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        out, _ = run(LONG, leaves, masks)
+        out, _ = run(problem, leaves, masks, backend)
     stream.synchronize()
     assert torch.equal(out, expected)
 

@@ -147,6 +147,24 @@ def test_kernels_touch_only_what_is_theirs(interpreter, case):
         check(CHECKED[case], "triton")
 
 
+def test_tiles_that_a_head_hides_are_left_out(interpreter, monkeypatch):
+    """Also of the gradient of a mask that heads of different patterns share: two products a visited
+    tile, 32 x 32, forward and in the pass over the mask's tiles."""
+    products = []
+    builder = interpreter.interpreter.InterpreterBuilder
+    before = builder.create_dot
+
+    def counted(*arguments):
+        products.append(1)
+        return before(*arguments)
+
+    monkeypatch.setattr(builder, "create_dot", counted)
+    patterns = ("BlockDiagonal(16)", "BlockDiagonal(32)")
+    check(Problem(B=1, H=2, Lq=64, D=8, bias="11qk", grads="b", pattern=patterns), "triton")
+    heads, visited = 2, 2
+    assert len(products) == 2 * 2 * heads * visited
+
+
 NETWORKS = {
     "mean": network_case(B=2, H=2, Lq=20, Lk=18, D=8, heads="mean", key_mask=True),
     "each": network_case(B=1, H=3, Lq=35, Lk=20, D=80, Dv=3, depth=4, hidden=5, dtype="bfloat16"),
