@@ -145,7 +145,9 @@ def test_the_benchs_stages_are_one_run(stages, tmp_path):
     first = {name: one["output"] for name, one in found_in(tmp_path).items()}
     gpu_check.main([])
     again = {name: one["output"] for name, one in found_in(tmp_path).items()}
-    assert first == again and first["a"] == first["b"] and "--run" in first["a"]
+    assert first == again
+    assert first["a"] == first["b"]
+    assert "--run" in first["a"]
 
 
 def test_stages_are_short_and_build_before_they_need_it():
