@@ -198,6 +198,10 @@ def _row_scaled(t):
     t[0, 0, 3] *= 1.5
 
 
+def _scaled(t):
+    t *= 1.02
+
+
 def _shifted(t):
     t[:] = t.roll(1, dims=2)
 
@@ -212,7 +216,7 @@ def _zeroed(t):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["out", "query", "key", "value", "multiplier"])
-@pytest.mark.parametrize("fault", [_row_scaled, _shifted, _one_nan, _zeroed])
+@pytest.mark.parametrize("fault", [_row_scaled, _scaled, _shifted, _one_nan, _zeroed])
 @pytest.mark.parametrize("limit", [page.FULL_PAIRS, 0], ids=["whole", "slices"])
 def test_planted_faults_are_refused(name, fault, dtype, limit, monkeypatch):
     check.expected.cache_clear()
