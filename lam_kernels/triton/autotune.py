@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from ..training.atomic_write import atomic_write
 from . import configurations
@@ -90,8 +92,11 @@ def _read(file: Path) -> dict:
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    """Median of some launches, after one that compiles."""
-    run()
+    """Median of some launches, after one that compiles; endless where it does not fit the chip."""
+    try:
+        run()
+    except OutOfResources:
+        return math.inf
     times = []
     for _ in range(_REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -95,13 +96,13 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (2, 64): (_C(32, 64, 8, 2),),
         (2, 128): (_C(32, 64, 8, 1),),
         (2, 256): (_C(32, 32, 8, 1),),
-        (4, 32): (_C(32, 32, 8, 1),),
+        (4, 32): (_C(16, 32, 8, 1),),
         (4, 64): (_C(32, 32, 8, 1),),
         (4, 128): (_C(16, 16, 4, 1),),
         (4, 256): (_C(16, 16, 8, 1),),
     },
     "global_local_tiles": {
-        (2, 32): (_C(64, 64, 4, 2),),
+        (2, 32): (_C(64, 64, 8, 2),),
         (2, 64): (_C(64, 64, 8, 2),),
         (2, 128): (_C(64, 64, 8, 1),),
         (2, 256): (_C(64, 64, 8, 1),),
@@ -126,12 +127,12 @@ TABLE: dict[str, dict[tuple[int, int], tuple[Configuration, ...]]] = {
         (2, 128): (_C(16, 32, 4, 1),),
         (2, 256): (_C(32, 32, 8, 1),),
         (4, 32): (_C(32, 32, 8, 1),),
-        (4, 64): (_C(32, 32, 8, 1),),
+        (4, 64): (_C(16, 32, 8, 1),),
         (4, 128): (_C(16, 16, 4, 1),),
         (4, 256): (_C(16, 16, 8, 1),),
     },
     "map_gated_gates": {
-        (2, 32): (_C(64, 64, 8, 2),),
+        (2, 32): (_C(32, 64, 8, 1),),
         (2, 64): (_C(32, 64, 8, 1),),
         (2, 128): (_C(32, 64, 8, 1),),
         (2, 256): (_C(32, 32, 8, 1),),
@@ -169,7 +170,7 @@ AMPERE_LOW_RANK: dict[tuple[str, int, int], tuple[Configuration, ...]] = {
 # fit in none
 SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (2, 128): (64, 4), (4, 32): (64, 8), (4, 64): (32, 4)}
 AMPERE_SHORT = {(2, 32): (64, 4), (2, 64): (64, 4), (4, 32): (32, 4), (4, 64): (32, 4)}
-LOW_RANK_SHORT = {(2, 32): (64, 4), (2, 64): (64, 8), (4, 32): (32, 4), (4, 64): (32, 4)}
+LOW_RANK_SHORT = {(2, 32): (64, 4), (2, 64): (64, 8), (4, 32): (32, 4), (4, 64): (16, 4)}
 _INTERPRETED_SHORT = 32
 
 # Kernels of score_masked_attention -> columns that hold the keys and every layer of the network ->
@@ -226,6 +227,24 @@ def entries(problem: Problem) -> tuple[Configuration, ...]:
     if problem.ampere and problem.low_rank:
         found = AMPERE_LOW_RANK.get(at, found)
     return found
+
+
+def leaner(entry: Configuration) -> Iterator[Configuration]:
+    """The entry, then what takes less and less shared memory: two stages, tiles of 64 rows, one
+    stage (whose wide tiles would spill registers), smaller tiles."""
+    while True:
+        yield entry
+        if entry.stages > 2:
+            entry = entry._replace(stages=entry.stages - 1)
+        elif entry.block_m > 64:
+            entry = entry._replace(block_m=entry.block_m // 2)
+        elif entry.stages > 1:
+            entry = entry._replace(stages=1)
+        elif max(entry[:2]) > 16:
+            larger = "block_m" if entry.block_m >= entry.block_n else "block_n"
+            entry = entry._replace(**{larger: getattr(entry, larger) // 2})
+        else:
+            return
 
 
 @functools.cache

@@ -40,7 +40,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import autotune, configurations
+from . import autotune, configurations, fitting
 from .availability import interpreting
 from .factor_gradients import MASKS, any_fold, fold_blocks, make_folds, of_block, sum_parts
 from .masked_attention_backward import (
@@ -131,9 +131,18 @@ class _Call(NamedTuple):
         )  # fmt: skip
         device = self.query.device
         if autotune.enabled():
-            launched(autotune.choose(problem, device, launched))
+            chosen = autotune.choose(problem, device, launched)
         else:
-            launched(configurations.choose(problem, device))
+            chosen = configurations.choose(problem, device)
+        fitting.launch(launched, chosen, lambda: (kernel, device, self.D, self.Dv, self.kinds()))
+
+    def kinds(self) -> tuple:
+        """Of the masks: what their tiles take."""
+        o = self.o
+        return tuple(
+            mask and (mask.pointer.dtype, mask.ROWS.value, mask.COLUMNS.value, mask.RANK.value)
+            for mask in (o.multiplier, o.bias, o.attn_mask, o.key_mask)
+        )
 
     def low_rank(self) -> bool:
         masks = (self.o.multiplier, self.o.bias)

@@ -103,6 +103,34 @@ def resources(compiled, tool) -> dict:
     return found
 
 
+SPILLING = """
+__global__ void __launch_bounds__(1024, 2) spills(const float* x, float* y) {
+  float kept[64];
+  for (int k = 0; k < 64; ++k) kept[k] = x[k * 1024 + threadIdx.x];
+  __syncthreads();
+  for (int k = 0; k < 64; ++k) y[k * 1024 + threadIdx.x] = kept[k] * kept[63 - k];
+}
+"""
+
+
+@pytest.mark.parametrize("spills", ["error", pytest.param("warn", marks=pytest.mark.full)])
+def test_a_spill_stops_the_build(tmp_path, spills, monkeypatch):
+    """With the flags that every kernel is compiled with, unless LAM_SPILLS=warn."""
+    monkeypatch.setenv("LAM_SPILLS", spills)
+    setup_py.cache_clear()
+    setup = setup_py()
+    setup_py.cache_clear()
+    if setup["cuda_home"]() is None:
+        pytest.skip("nvcc was not found")
+    (tmp_path / "spills.cu").write_text(SPILLING)
+    command = [setup["cuda_home"]() / "bin" / "nvcc", *setup["NVCC"], "-arch=sm_90", "-c"]
+    done = subprocess.run(
+        [*command, "spills.cu", "-o", "spills.o"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "Registers are spilled" in done.stdout + done.stderr
+    assert (done.returncode != 0) == (spills == "error")
+
+
 def test_every_kernel_is_there(compiled, resources):
     wanted = {
         (arch, dtype, kernel, width)

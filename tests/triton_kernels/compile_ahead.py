@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
 
 from lam_kernels import Causal, DilatedToeplitz, LowRankMask, Segments, Toeplitz
 from lam_kernels.patterns import encode
@@ -44,6 +45,7 @@ from lam_kernels.triton.configurations import (
     SCORE,
     TABLE,
     Configuration,
+    shared_limit,
     short_table,
 )
 
@@ -78,14 +80,28 @@ def resources(compiled) -> dict[str, int]:
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout).groups()
-    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
+    metadata = compiled.metadata
+    tensor_memory = getattr(metadata, "tmem_size", None) or 0  # columns, on sm_100
+    found = {"shared": metadata.shared, "tensor_memory": tensor_memory}
+    return {"registers": int(registers), "stack": int(stack)} | found
 
 
 def compiled_launches(
-    arch: int, kernel: str, entry: Configuration, width: int, head_dim: int, rank: int
+    arch: int,
+    kernel: str,
+    entry: Configuration,
+    width: int,
+    head_dim: int,
+    rank: int,
+    heavy: bool = False,
 ):
-    """Records of one kernel with one entry: the op is called, the launch of `kernel` compiled."""
+    """Records of one kernel with one entry: the op is called, the launch of `kernel` compiled.
+
+    heavy: with more masks than the table is made for, refused as by the chip where that is too
+    much: the record's entry is what is launched in the end, "chosen" the table's.
+    """
     records = []
+    limit = shared_limit((arch // 10, arch % 10))
 
     def launch(function, _programs, *arguments, **settings):
         name = function.__name__.removesuffix("_kernel")
@@ -93,13 +109,17 @@ def compiled_launches(
             return
         compiled = function.warmup(*arguments, grid=(1,), **settings)
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        if heavy and compiled.metadata.shared > limit:
+            raise OutOfResources(compiled.metadata.shared, limit, "shared memory")
         ptx = compiled.asm["ptx"]
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
         records.append(
             {
                 "triton": triton.__version__,
                 "arch": arch,
                 "kernel": kernel,
-                "entry": list(entry),
+                "entry": [settings[n] for n in names] if heavy else list(entry),
+                "chosen": list(entry),
                 "width": width,
                 "head_dim": head_dim,
                 "rank": rank,
@@ -121,6 +141,8 @@ def compiled_launches(
         global_local_call(head_dim, DTYPES[width], torch.empty(1, 1, LONG, LONG), None)
     elif kernel.startswith("map_gated"):
         map_gated_call(head_dim, DTYPES[width], True)
+    elif heavy:
+        heavy_call(entry.block_m if short else LONG, head_dim, DTYPES[width])
     else:
         call(entry.block_m if short else LONG, head_dim, DTYPES[width], rank)
     return records
@@ -142,6 +164,13 @@ def call(L: int, D: int, dtype: torch.dtype, rank: int) -> None:
     masked_attention.masked_attention_bwd(
         torch.empty_like(out), None, *operands, out, lse, *settings, needs
     )
+
+
+def heavy_call(L: int, D: int, dtype: torch.dtype) -> None:
+    """With two float32 masks and both kinds of booleans."""
+    x, mask = torch.empty(2, 4, L, D, dtype=dtype), torch.empty(1, 1, L, L)
+    seen = torch.ones(2, 1, L, L, dtype=torch.bool)
+    both_ways(x, x, x, mask, mask, attn_mask=seen, key_mask=seen[:, 0, 0], dropout_p=0.1)
 
 
 def score_call(keys: int, D: int, dtype: torch.dtype) -> None:
@@ -297,7 +326,7 @@ def one_a_kernel(listed: list, arch: int) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, required=True, help="80, 90, 100")
+    parser.add_argument("--arch", type=int, required=True, help="80, 86, 90, 100")
     parser.add_argument(
         "--op", choices=(*TWO_MAPS, "all"), default="", help="instead of all other ops"
     )
@@ -307,6 +336,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, choices=(2, 4), help="only operands of this width")
     parser.add_argument("--rank", type=int, default=0, help="with a low-rank mask; 0: a dense one")
     parser.add_argument("--entry", type=int, nargs=4, help="this instead of the table's entries")
+    parser.add_argument("--heavy", action="store_true", help="with as many masks as there can be")
     parser.add_argument("--features", action="store_true", help="calls of every kind instead")
     given = parser.parse_args()
     driver.set_active(AbsentGPU(given.arch))
@@ -325,11 +355,13 @@ def main() -> None:
         if given.kernel in (None, kernel)
         and given.width in (None, width)
         and given.head_dim in (None, head_dim)
+        and not (given.heavy and kernel in SCORE)  # which take no such masks
     ]
     listed = list(dict.fromkeys(listed))
     print(json.dumps({"entries": len(listed)}), flush=True)
     for kernel, entry, width, head_dim in listed:
-        for record in compiled_launches(given.arch, kernel, entry, width, head_dim, given.rank):
+        which = (given.arch, kernel, entry, width, head_dim, given.rank, given.heavy)
+        for record in compiled_launches(*which):
             print(json.dumps(record), flush=True)
 
 
