@@ -120,6 +120,7 @@ def _step(terms: list, Lq: int, Lk: int) -> tuple[int, int]:
 # captured, because the first call compiles as well).
 _tables: dict[tuple, tuple[Tensor, int]] = {}
 _MOST_TABLES = 256
+_captured: dict[tuple, tuple[Tensor, int]] = {}  # read by a CUDA graph whenever it is replayed
 
 
 def _table(flat: tuple[int, ...], Lq: int, Lk: int, device: torch.device) -> tuple[Tensor, int]:
@@ -142,6 +143,8 @@ def _table(flat: tuple[int, ...], Lq: int, Lk: int, device: torch.device) -> tup
         if len(_tables) >= _MOST_TABLES:
             _tables.clear()
         found = _tables[key] = torch.tensor(rows, dtype=torch.int64).to(device), largest
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[key] = found
     return found
 
 
