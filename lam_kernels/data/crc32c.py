@@ -12,6 +12,7 @@ import numpy as np
 
 _POLYNOMIAL = 0x82F63B78
 _RUN = 256  # bytes of one run
+_SHORT = 64  # up to so many bytes (the length in front of each record), one after another is faster
 
 
 @cache
@@ -21,6 +22,11 @@ def _table() -> np.ndarray:
     for _ in range(8):
         table = np.where(table & 1, (table >> 1) ^ _POLYNOMIAL, table >> 1).astype(np.uint32)
     return table
+
+
+@cache
+def _numbers() -> tuple[int, ...]:
+    return tuple(_table().tolist())
 
 
 @cache
@@ -50,12 +56,12 @@ def _apply(tables: np.ndarray, state: np.ndarray) -> np.ndarray:
 
 def crc32c(data: bytes) -> int:
     """The CRC-32C of the bytes."""
-    head = np.frombuffer(data, dtype=np.uint8)
-    if len(head) < 4:
-        state = 0xFFFFFFFF
+    if len(data) <= _SHORT:
+        table, state = _numbers(), 0xFFFFFFFF
         for byte in data:
-            state = int(_table()[(state ^ byte) & 0xFF]) ^ (state >> 8)
+            state = table[(state ^ byte) & 0xFF] ^ (state >> 8)
         return state ^ 0xFFFFFFFF
+    head = np.frombuffer(data, dtype=np.uint8)
     # The start state of all ones is the same as inverted first bytes; zero bytes in front of that
     # change nothing, so they fill up to whole runs.
     runs = -(-len(head) // _RUN)

@@ -191,6 +191,12 @@ def encode_clip(clip: Clip) -> bytes:
     return _field(1, context) + _field(2, lists)
 
 
+def empty_clip(visual_width: int, audio_width: int) -> Clip:
+    """No frame, no label."""
+    streams = (torch.zeros(0, width, dtype=torch.uint8) for width in (visual_width, audio_width))
+    return Clip("", (), *streams)
+
+
 # ---- data sets
 
 
@@ -216,7 +222,7 @@ class Clips(torch.utils.data.Dataset):
 
     Order, shuffling and sharing out among processes belong to whoever asks: a sampler, or indices.
     An item is a Clip, or the CorruptRecord that stands in its place, so that a worker process can
-    report it; `batch` leaves those out.
+    report it; `clips` leaves those out.
     """
 
     def __init__(
@@ -276,7 +282,7 @@ def report(error: CorruptRecord, damage: Damage, fatal: bool) -> None:
 
 
 def _read_npz(path: Path, visual_width: int, audio_width: int, classes: int) -> Clip:
-    """rgb uint8 or float [T, visual width], audio likewise, labels integers [n]."""
+    """rgb uint8 or float [T, visual width], audio likewise, labels integers [n], the classes."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("rgb", "audio", "labels")}
@@ -284,16 +290,27 @@ def _read_npz(path: Path, visual_width: int, audio_width: int, classes: int) -> 
         raise _Broken(f"there is no array {error.args[0].split()[0]}") from None
     except Exception as error:  # zip and npy readers raise many kinds
         raise _Broken(f"it cannot be read ({str(error).splitlines()[0]})") from None
-    labels = sorted({int(label) for label in np.asarray(arrays["labels"]).reshape(-1)})
+    numbers = arrays["labels"].reshape(-1)
+    if len(numbers) and numbers.dtype.kind not in "iu":
+        raise _Broken(f"labels are {numbers.dtype}, expected integers")
+    labels = sorted({int(label) for label in numbers})
     if labels and not 0 <= labels[0] <= labels[-1] < classes:
         raise _Broken(f"its labels are outside of the {classes} classes")
+    if len(numbers) > 2 and labels[-1] <= 1:
+        raise _Broken(f"labels are {len(numbers)} values of 0 and 1, expected the classes' numbers")
     streams = []
     for name, width in (("rgb", visual_width), ("audio", audio_width)):
         array = arrays[name]
         if array.ndim != 2 or array.shape[1] != width or len(array) > MAX_FRAMES:
             raise _Broken(f"{name} has shape {array.shape}, expected [T, {width}]")
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        streams.append(tensor if tensor.dtype == torch.uint8 else quantise(tensor.float()))
+        if array.dtype == np.uint8:
+            streams.append(torch.from_numpy(np.ascontiguousarray(array)))
+            continue
+        if array.dtype.kind != "f":
+            raise _Broken(f"{name} is {array.dtype}, expected uint8 (quantised) or float")
+        if not np.isfinite(array).all():
+            raise _Broken(f"{name} holds NaN or infinity")
+        streams.append(quantise(torch.from_numpy(array.astype(np.float32))))
     length = min(len(stream) for stream in streams)
     return Clip(path.stem, tuple(labels), streams[0][:length], streams[1][:length])
 

@@ -81,13 +81,16 @@ class SceneClassifierConfig:
         return DilatedToeplitz(self.radius, self.dilation)
 
 
-# the paper's models by its names, at its sizes; the demo's sizes are those of its task
+# the paper's models by its names, at its sizes; the demo's sizes are those of its task. Of TD80 it
+# does not state the dilation: 4, as in its TD60
 SIZES = {
     "baseline": {},
     "shareatt-bd10": {"variant": "share", "pattern": "block", "block": 10},
     "shareatt-tp10": {"variant": "share", "radius": 5},
+    "shareatt-td80": {"variant": "share", "pattern": "dilated", "radius": 40, "dilation": 4},
     "gateatt-bd10": {"variant": "gate_map", "pattern": "block", "block": 10},
     "gateatt-tp10": {"variant": "gate_map", "radius": 5},
+    "gateatt-td80": {"variant": "gate_map", "pattern": "dilated", "radius": 40, "dilation": 4},
     "gateop-bd20": {"variant": "gate_output", "pattern": "block", "block": 20},
     "gateop-tp30": {"variant": "gate_output", "radius": 15},
     "gateop-td60": {"variant": "gate_output", "pattern": "dilated", "radius": 30, "dilation": 4},

@@ -76,8 +76,9 @@ COST = {"cpu": Cost(flops_per_s=200e9, bytes_per_s=20e9, cache_bytes=8 * 2**20)}
 class LearnableAttentionMask(nn.Module):
     """Learned attention mask M = X(T) of a token sequence (arXiv 2406.02761, eq. 3 to 5).
 
-        h_1 = relu(T W_1 + b_1);  h_l = relu(h_(l-1) W_l + b_l), l = 2..n-1;  M = act(h_(n-1) W_n +
-        b_n) n = 1:  M = act(T W_1 + b_1)
+        h_1 = relu(T W_1 + b_1);  h_l = relu(h_(l-1) W_l + b_l), l = 2..n-1
+        M = act(h_(n-1) W_n + b_n)
+        n = 1:  M = act(T W_1 + b_1)
 
     W_1 is [in_features, hidden], W_l [hidden, hidden], W_n [hidden, heads * max_len]; a sequence of
     L tokens uses, and computes, only the columns 0 .. L-1 of each head. The map acts on each token

@@ -74,6 +74,15 @@ class Ranks:
         torch.distributed.all_reduce(total)
         return total.item() / self.world
 
+    def gather(self, found: dict) -> None:
+        """Adds the entries that the other processes have, in every process."""
+        if self.world == 1:
+            return
+        all_of_them: list[dict] = [{}] * self.world
+        torch.distributed.all_gather_object(all_of_them, found)
+        for one in all_of_them:
+            found.update(one)
+
 
 def refuse_torchrun(what: str) -> None:
     """For commands that start processes of their own."""

@@ -35,6 +35,10 @@ def sensitivity(
     T = x.shape[0]
     if tuple(near.shape) != (T, T):
         raise ValueError(f"near must be [{T}, {T}], got {tuple(near.shape)}")
+    if frames is not None and (tuple(frames.shape) != (T,) or frames.dtype != torch.bool):
+        raise ValueError(f"frames must be bool [{T}], got {frames.dtype} {list(frames.shape)}")
+    if probes < 1:
+        raise ValueError(f"probes must be at least 1, got {probes}")
     G = gradient_norms(function, x, norm=norm, probes=probes, seed=seed)
     real = torch.ones(T, dtype=torch.bool) if frames is None else frames.cpu()
     near = near.cpu() & real

@@ -74,7 +74,7 @@ def test_checksum_of_any_length():
     for at, byte in enumerate(data, 1):
         state = table[(state ^ byte) & 255] ^ state >> 8
         expected[at] = state ^ 0xFFFFFFFF
-    for length in (1, 3, 4, 5, 255, 256, 257, 511, 513, 1024, 1025, 4999, 5000):
+    for length in (1, 3, 4, 5, 64, 65, 255, 256, 257, 511, 513, 1024, 1025, 4999, 5000):
         assert crc32c(data[:length]) == expected[length], length
 
 
@@ -233,6 +233,38 @@ def test_a_folder_of_npz(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "no_audio.npz: record 0: there is no array" in printed
     assert "pickled.npz: record 0: it cannot be read" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"labels": [1.5]}, "labels are float64, expected integers"),
+        ({"labels": [np.inf]}, "labels are float64, expected integers"),
+        ({"labels": [True]}, "labels are bool, expected integers"),
+        ({"labels": ["x"]}, "expected integers"),
+        ({"labels": [0, 1, 0, 0]}, "labels are 4 values of 0 and 1"),
+        ({"labels": [10]}, "its labels are outside of the 10 classes"),
+        ({"rgb": np.full((5, 8), 200)}, "rgb is int64, expected uint8"),
+        ({"rgb": np.full((5, 8), "x")}, "expected uint8"),
+        ({"rgb": np.full((5, 8), np.nan)}, "rgb holds NaN or infinity"),
+        ({"audio": np.full((5, 4), -np.inf, np.float32)}, "audio holds NaN or infinity"),
+        ({"audio": np.zeros((5, 3), np.uint8)}, "audio has shape (5, 3), expected [T, 4]"),
+    ],
+)
+def test_npz_arrays_of_another_meaning_are_not_guessed(tmp_path, capsys, change, words):
+    one = clip()
+    np.savez(tmp_path / "x.npz", **{"rgb": one.visual, "audio": one.audio, "labels": [2]} | change)
+    assert find_clips(str(tmp_path), *SIZES).clips([0]) == []
+    assert words in capsys.readouterr().out
+
+
+def test_npz_of_any_float_in_any_byte_order(tmp_path):
+    one = clip()
+    values = youtube8m.dequantise(one.visual).numpy()
+    for dtype in (">f4", "<f8"):
+        np.savez(tmp_path / "x.npz", rgb=values.astype(dtype), audio=one.audio, labels=[])
+        (read,) = find_clips(str(tmp_path), *SIZES).clips([0])
+        assert torch.equal(read.visual, one.visual)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

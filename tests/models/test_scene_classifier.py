@@ -65,6 +65,10 @@ def parameters(name):
 def test_what_the_variants_add_at_the_size_of_the_paper():
     """1.37 MiB for GateAtt and 12.19 MiB for GateOp, in float32."""
     plain = parameters("baseline")
+    kinds = {
+        (config.get("variant"), config.get("pattern", "toeplitz")) for config in SIZES.values()
+    }
+    assert len(kinds) == len(SIZES) == 1 + 3 * 3  # the baseline, and each variant with each pattern
     for name in SIZES:
         added = parameters(name) - plain
         if name.startswith("gateatt"):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lam_kernels.training.label_metrics import label_metrics
+from lam_kernels.training.label_metrics import LabelMeter, label_metrics
 
 
 def metrics(scores, labels, k=20):
@@ -61,3 +61,44 @@ def test_nothing_to_measure_is_nan(shape, labels):
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"\[N, classes\], got \(2, 3\) and \(2, 4\)"):
         label_metrics(torch.rand(2, 3), torch.zeros(2, 4))
+
+
+def by_the_definition(scores, labels, k):
+    """Loops over Python numbers; distinct scores."""
+    N, C = scores.shape
+    ranked = [sorted(range(C), key=lambda c: -scores[n, c]) for n in range(N)]
+    pooled = [(float(scores[n, c]), bool(labels[n, c]), c) for n in range(N) for c in ranked[n][:k]]
+
+    def precision(entries, positives):
+        hits, total = 0, 0.0
+        for rank, (_, hit, _) in enumerate(sorted(entries, reverse=True), 1):
+            hits += hit
+            total += hit * hits / rank
+        return total / positives
+
+    counts = labels.sum(0).tolist()
+    each = [precision([e for e in pooled if e[2] == c], counts[c]) for c in range(C) if counts[c]]
+    rates = []
+    for n in range(N):
+        if number := int(labels[n].sum()):
+            best = ranked[n][:number]
+            rates.append(sum(bool(labels[n, c] & (scores[n, c] > 0)) for c in best) / number)
+    hit = sum(bool(labels[n, ranked[n][0]]) for n in range(N)) / N
+    mean = lambda values: float(sum(values) / len(values))  # noqa: E731
+    return precision(pooled, sum(counts)), mean(each), mean(rates), hit
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_batches_are_the_whole_and_the_definition(seed):
+    generator = torch.Generator().manual_seed(seed)
+    N, C = 5 + 3 * seed, 2 + 4 * seed
+    scores = torch.randn(N, C, generator=generator, dtype=torch.float64)
+    labels = torch.rand(N, C, generator=generator) < (0.1, 0.5)[seed % 2]
+    labels[0, 0] = True
+    k = (1, 5, 20)[seed % 3]
+    meter = LabelMeter(k)
+    for at in range(0, N, 7):
+        meter.add(scores[at : at + 7], labels[at : at + 7])
+    found, expected = meter.metrics(), by_the_definition(scores, labels, k)
+    assert (found.gap, found.map, found.perr, found.hit_at_1) == pytest.approx(expected, abs=1e-12)
+    assert meter.metrics() == label_metrics(scores, labels, k)

@@ -15,6 +15,7 @@ import torch
 from lam_kernels.data import tfrecord
 from lam_kernels.data.youtube8m import Clip, encode_clip
 from lam_kernels.training.checkpoint import load_checkpoint
+from lam_kernels.training.distributed import Ranks
 
 SIZES = "--classes 4 --visual-width 8 --audio-width 8 --heads 2 --max-len 12 --radius 2"
 SMALL = f"{SIZES} --epochs 2 --batch-size 8 --no-pictures --backend reference"
@@ -122,6 +123,43 @@ def test_corrupt_records(run, shards, tmp_path, refused):
     assert "record 0: the checksum" in err
 
 
+def test_a_corrupt_record_is_counted_once_also_without_a_test_of_its_own(run, shards, tmp_path):
+    source = Path(shards).parent / "0.tfrecord"
+    data = bytearray(source.read_bytes())
+    data[60] ^= 1
+    (tmp_path / "0.tfrecord").write_bytes(data)
+    code, out, err = run(data=str(tmp_path / "*.tfrecord"))
+    assert code == 0, err
+    assert out.count("1 corrupt records in 1 files were skipped") == 1
+    result = json.loads((tmp_path / "out" / "share" / "result.json").read_text())
+    assert result["skipped"] == 1
+
+
+def test_batches_and_data_without_a_readable_clip(run, lam, shards, tmp_path):
+    """Batches of 1: one is lost. Another width: every record of the data is."""
+    data = bytearray((Path(shards).parent / "0.tfrecord").read_bytes())
+    data[60] ^= 1
+    (tmp_path / "0.tfrecord").write_bytes(data)
+    code, _, err = run("--batch-size", "1", "--epochs", "1", data=str(tmp_path / "0.tfrecord"))
+    assert code == 0, err
+    code, out, err = run("--visual-width", "16", "--epochs", "1")
+    assert (code, err) == (2, f"lam_kernels: {shards}: no training clip can be read\n")
+    assert "frame 0 of rgb has 8 bytes, expected 16" in out
+    other = str(tmp_path / "other.tfrecord")
+    tfrecord.write_records(other, [b"other"])
+    line = f"evaluate scene-classification --checkpoint {checkpoint_of(tmp_path)}"
+    code, _, err = lam(line, "--data", other)
+    assert (code, err) == (2, f"lam_kernels: {other}: no test clip can be read\n")
+
+
+def test_a_test_without_labels_is_refused(run, tmp_path, refused):
+    """Nothing to measure by; a NaN in the checkpoint could not be read back."""
+    frames = torch.zeros(3, 8, dtype=torch.uint8)
+    tfrecord.write_records(tmp_path / "bare.tfrecord", [encode_clip(Clip("a", (), frames, frames))])
+    bare = str(tmp_path / "bare.tfrecord")
+    refused(run("--eval-data", bare), f"{bare}: none of 1 test clips has a label")
+
+
 def test_refusals(run, lam, refused, tmp_path, shards):
     refused(run(data=str(tmp_path / "none*")), "no file matches")
     refused(run("--heads", "3"), "heads must divide visual_width")
@@ -131,6 +169,11 @@ def test_refusals(run, lam, refused, tmp_path, shards):
     again = f"train scene-classification --no-pictures --resume {path}"
     refused(lam(again), "epoch 2 of 2 is done already")
     refused(lam(f"{again} --lr 1"), "--lr cannot be given with --resume")
+    refused(lam(f"{again} --variant global"), "--variant cannot be given with --resume")
+    refused(lam(f"{again} --out x"), "--out cannot be given with --resume")
+    refused(lam(f"{again} --epochs 3 --eval-data none*"), "none*: no file matches")
+    demo = "train scene-classification --no-pictures --eval-data x"
+    refused(lam(demo), "--eval-data needs --data")
     other = f"evaluate image-classification --checkpoint {path}"
     refused(lam(other), "is of the task 'scene-classification'")
 
@@ -145,6 +188,18 @@ def test_analyse_draws_and_prints(run, lam, tmp_path):
     assert code == 0, err
     assert "gate_output, visual: mean sensitivity 0." in out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_other_processes_skipped_is_counted(monkeypatch):
+    ranks, found = Ranks(), {("a", 0): "cut"}
+    ranks.world = 2
+
+    def all_gather(into, own):
+        into[:] = [dict(own), {("b", 3): "cut"}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
+    ranks.gather(found)
+    assert found == {("a", 0): "cut", ("b", 3): "cut"}
 
 
 def test_two_processes_train_what_one_does(run, shards, tmp_path):

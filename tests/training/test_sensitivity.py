@@ -57,3 +57,8 @@ def test_refusals():
         sensitivity(mixing(torch.eye(T)), x, NEAR, norm="max")
     with pytest.raises(ValueError, match=r"near must be \[7, 7\]"):
         sensitivity(mixing(torch.eye(T)), x, NEAR[:3])
+    for frames in (torch.ones(T), torch.ones(T - 1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"frames must be bool \[7\]"):
+            sensitivity(mixing(torch.eye(T)), x, NEAR, frames=frames)
+    with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
+        sensitivity(mixing(torch.eye(T)), x, NEAR, probes=0)

@@ -33,7 +33,7 @@ from lam_kernels.training.checkpoint import Checkpoint, load_checkpoint, save_ch
 from lam_kernels.training.comparison import run_process
 from lam_kernels.training.distributed import Ranks, refuse_torchrun
 from lam_kernels.training.interruption import EXIT_CODE, further_interrupts_ignored
-from lam_kernels.training.label_metrics import LabelMetrics, label_metrics
+from lam_kernels.training.label_metrics import LabelMeter, LabelMetrics
 from lam_kernels.training.loop import (
     LoopOptions,
     fit,
@@ -189,6 +189,8 @@ def train(args: argparse.Namespace) -> int:
     optional_package("safetensors.torch", "writing a checkpoint")
     apply_machine(args)
     check_backend(args.backend, args.device)
+    if args.eval_data is not None and args.data is None and args.resume is None:
+        raise UserError("--eval-data needs --data: the demo's clips have a test of their own")
     out = Path(args.out or f"out/{TASK}")
     if args.variant is None and args.resume is None:
         return _train_all(args, out)
@@ -205,7 +207,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ranks: Ranks) -> int:
-    from lam_kernels.data.youtube8m import collate
+    from lam_kernels.data.youtube8m import collate, empty_clip
 
     run.load()
     torch.manual_seed(run.loop.seed)
@@ -225,11 +227,14 @@ def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ran
     wrapped = ranks.wrap(model)
     saved = checkpoint.path if checkpoint else None
     metrics: list[LabelMetrics] = []
+    used = 0  # training clips that could be read, by this process
 
     def loss_of(indices):
+        nonlocal used
         clips, weight = run.train.clips(indices.tolist()), 1.0
+        used += len(clips)
         if not clips:  # every record of the batch is corrupt: the step still has to be taken
-            clips, weight = run.test.clips([0]), 0.0
+            clips, weight = [empty_clip(run.model.visual_width, run.model.audio_width)], 0.0
         visual, audio, frames, labels = (
             x.to(args.device) for x in collate(clips, run.model.classes, run.model.max_len)
         )
@@ -240,6 +245,8 @@ def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ran
 
     def after_epoch(epoch: int) -> str:
         nonlocal saved
+        if ranks.mean(float(used)) == 0:
+            raise UserError(f"{run.data}: no training clip can be read")
         if ranks.first:
             metrics.append(_measure(model, run, args.device))
             history["accuracy"].append(metrics[-1].gap)
@@ -266,18 +273,22 @@ def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ran
                 sentence = f"the last complete checkpoint is {saved}; resume with: {command}"
             print(f"\nlam_kernels: interrupted: {sentence}", file=sys.stderr, flush=True)
         return EXIT_CODE
+    # with a test of its own there are two accounts, each of all processes
+    accounts = {id(clips.damage): clips.damage for clips in (run.train, run.test)}.values()
+    for damage in accounts:
+        ranks.gather(damage.seen)
     if not ranks.first:
         return 0
     parameters = sum(p.numel() for p in model.parameters())
     result = {
         "variant": run.variant, **dataclasses.asdict(metrics[-1]), "parameters": parameters,
         "seconds_per_step": seconds_per_step(history), "threads": torch.get_num_threads(),
-        "history": history, "skipped": len(run.train.damage.seen | run.test.damage.seen),
+        "history": history, "skipped": len({record for d in accounts for record in d.seen}),
     }  # fmt: skip
     atomic_write(folder / RESULT, json.dumps(result))
-    for clips in (run.train, run.test):
-        if clips.damage.seen:
-            print(clips.damage.summary())
+    for damage in accounts:
+        if damage.seen:
+            print(damage.summary())
     if not args.in_comparison:
         print(results_table([result]))
         print(f"checkpoint: {path}")
@@ -321,7 +332,9 @@ def _demo_data(out: Path, seed: int) -> tuple[str, str]:
 
 def _run_of_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> _Run:
     fixed = [
-        name for name in (*_MODEL, *_LOOP) if name != "epochs" and getattr(args, name) is not None
+        name
+        for name in ("variant", "out", *_MODEL, *_LOOP)
+        if name != "epochs" and getattr(args, name) is not None
     ]
     if fixed:
         option = "--" + fixed[0].replace("_", "-")
@@ -336,6 +349,8 @@ def _run_of_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> _Run
         )
     if args.data is not None:
         run.data, run.eval_data = args.data, args.eval_data
+    elif args.eval_data is not None:
+        run.eval_data = args.eval_data
     return run
 
 
@@ -375,7 +390,7 @@ def _measure(model: SceneClassifier, run: _Run, device: str) -> LabelMetrics:
 
     was_training = model.training
     model.eval()
-    scores, truth = [], []
+    meter, count, labelled = LabelMeter(), 0, False
     for indices in torch.arange(len(run.test)).split(run.loop.batch_size):
         clips = run.test.clips(indices.tolist())
         if not clips:
@@ -383,12 +398,15 @@ def _measure(model: SceneClassifier, run: _Run, device: str) -> LabelMetrics:
         visual, audio, frames, labels = collate(clips, run.model.classes, run.model.max_len)
         with run.loop.autocast(device):
             logits = model(visual.to(device), audio.to(device), frames.to(device))
-        scores.append(logits.float().sigmoid().cpu())
-        truth.append(labels.bool())
+        meter.add(logits.float().sigmoid(), labels)
+        count, labelled = count + len(clips), labelled or bool(labels.any())
     model.train(was_training)
-    if not scores:
-        raise UserError(f"{run.eval_data or run.data}: no test clip can be read")
-    return label_metrics(torch.cat(scores), torch.cat(truth))
+    source = run.eval_data or run.data
+    if not count:
+        raise UserError(f"{source}: no test clip can be read")
+    if not labelled:
+        raise UserError(f"{source}: none of {count} test clips has a label to measure by")
+    return meter.metrics()
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -412,6 +430,7 @@ def _restored(args) -> tuple[Checkpoint, _Run, SceneClassifier]:
     if args.data is None:
         run.load()
     else:
+        run.eval_data = args.data
         run.test = _find(args.data, run.model, run.fatal)
     model = SceneClassifier(run.model, backend=run.backend)
     checkpoint.into(model)
