@@ -127,8 +127,12 @@ inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned
                 count_factor_elements(p, f->offset, 1, p.Lk);
   }
   const int64_t pairs = p.B * p.Hkv, threads = p.num_threads;
-  plan.pairs_per_unit = link_batch && link_heads ? pairs : link_batch ? p.B : link_heads ? p.Hkv : 1;
-  plan.head_major = link_batch && !link_heads;
+  // The gradient of a small mask of each head is copied rather than have the samples of one head worked on alone: in the
+  // order in which they lie, their heads are streams.
+  constexpr int64_t kSmallMask = int64_t{1} << 16;
+  const bool in_order = link_batch && !link_heads && factored == 0 && dense <= kSmallMask && p.B >= threads;
+  plan.pairs_per_unit = link_batch && (link_heads || in_order) ? pairs : link_batch ? p.B : link_heads ? p.Hkv : 1;
+  plan.head_major = link_batch && !link_heads && !in_order;
   plan.units = pairs / plan.pairs_per_unit;
   if (threads == 1 || (plan.units >= threads && (plan.units % threads == 0 || plan.units >= 4 * threads))) return plan;
   // Groups need rows and columns to share out; copies need memory, and a unit of more than one pair.
@@ -138,7 +142,7 @@ inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned
   const int64_t copied = copies * (dense + factored);
   // samples that share no more than factors are best left whole: the copies are small
   const bool whole_samples = dense == 0 && factored > 0 && plan.units == 1 && copies == threads && p.B % threads == 0;
-  if (copies > 1 && (most_groups < threads || whole_samples) && copied <= kMaxCopiedElements) {
+  if (copies > 1 && (most_groups < threads || whole_samples || in_order) && copied <= kMaxCopiedElements) {
     plan.replicas = copies;
     plan.whole_samples = plan.units == 1 && !plan.head_major && p.B % copies == 0;
   } else if (most_groups > 1) {
