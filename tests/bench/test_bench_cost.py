@@ -219,7 +219,7 @@ def test_flops_of_a_network_of_the_scores(problem, direction):
         *((map_gated_attention, p) for p in TWO_MAPS),
         *((score_masked_attention, p) for p in NETWORKS),
     ],
-    ids=repr,
+    ids=lambda x: getattr(x, "__name__", repr(x)),
 )
 def test_least_bytes_of_the_other_ops(page, problem):
     """Operands in, results out; backward reads those and the results' gradients, where it needs
