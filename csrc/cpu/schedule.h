@@ -127,9 +127,9 @@ inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned
                 count_factor_elements(p, f->offset, 1, p.Lk);
   }
   const int64_t pairs = p.B * p.Hkv, threads = p.num_threads;
-  // The gradient of a small mask of each head is copied rather than have the samples of one head worked on alone: in the
-  // order in which they lie, their heads are streams.
-  constexpr int64_t kSmallMask = int64_t{1} << 16;
+  // Samples are best worked on in the order in which they lie. Where heads have masks of their own that takes a copy of
+  // their gradients a thread, in place of one head at a time: only small ones stay in the cache.
+  constexpr int64_t kSmallMask = int64_t{1} << 16;  // elements
   const bool in_order = link_batch && !link_heads && factored == 0 && dense <= kSmallMask && p.B >= threads;
   plan.pairs_per_unit = link_batch && (link_heads || in_order) ? pairs : link_batch ? p.B : link_heads ? p.Hkv : 1;
   plan.head_major = link_batch && !link_heads && !in_order;

@@ -361,22 +361,13 @@ def tiles_kernel(
     for sharer in range(split, batches * heads, splits):
         batch = own_batch + sharer // heads
         head = own_head + sharer % heads
-        if N_TERMS > 0 and CODE < 0:  # the heads' patterns differ: those that leave this tile out
+        touched = True
+        if N_TERMS > 0 and CODE < 0:  # the heads' patterns differ: some leave this tile out
             begin, stop = tile_range(
                 o.terms, head, first_row, Lq, Lk, 1, 0, BLOCK_M, N_TERMS, CODE, False, False
             )
-            if (first_column < stop) & (first_column + BLOCK_N > begin):
-                dm, da = _tile_slopes(
-                    o, g, batch, head, row, first_column, column, scale,
-                    seed, offset, threshold, keep_scale, H, group, Lq, Lk,
-                    D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, N_TERMS, CODE, STEPPED, GATE, DROPOUT,
-                    HIDES, EVEN, PRECISION, CHUNK_D,
-                )  # fmt: skip
-                if grads.multiplier is not None:
-                    dm_total += dm
-                if grads.bias is not None:
-                    da_total += da
-        else:
+            touched = (first_column < stop) & (first_column + BLOCK_N > begin)
+        if touched:
             dm, da = _tile_slopes(
                 o, g, batch, head, row, first_column, column, scale,
                 seed, offset, threshold, keep_scale, H, group, Lq, Lk,

@@ -57,6 +57,7 @@ CASES = {
     "shared heads": Problem(H=6, Hkv=2, Lq=50, D=64, multiplier="b1qk", bias="1h1k"),
     "one shared head": Problem(H=4, Hkv=1, Lq=33, D=16, multiplier="bhqk", pattern="Causal()"),
     "windows": Problem(B=6, H=3, Lq=49, D=24, bias="1hqk", attn_mask="b1qk"),
+    "large windows": Problem(B=3, H=4, Lq=144, D=24, bias="1hqk", multiplier="1h1k"),
     "rows without keys": Problem(
         Lq=50, multiplier="b1qk", bias="1hqk", attn_mask="b1qk", key_mask=True, fill="dead,nan,loud"
     ),

@@ -28,7 +28,7 @@ TENSOR_MEMORY_COLUMNS = 512
 # Spilled registers of a thread, by bytes an element. A few words around a loop cost nothing; what a
 # loop reloads does. float32 keeps three tf32 parts of its operands, which wide heads pay for.
 STACK_BUDGET_BYTES = {2: 64, 4: 256}
-LOW_RANK_STACK_BUDGET_BYTES = {2: 64, 4: 336}  # and a tile of the factors' gradient
+LOW_RANK_STACK_BUDGET_BYTES = {2: 64, 4: 320}  # and a tile of the factors' gradient
 
 
 def compile_ahead(version: str, *arguments: str) -> list[dict]:
