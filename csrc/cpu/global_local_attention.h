@@ -85,8 +85,8 @@ class LocalMap {
   using T = typename V::T;
 
   LocalMap(const MaskedAttentionParams& p, const Blocking& s, int64_t states, Arena& arena)
-      : p_(local_of(p)), s_(s), pieces_(p_, s, arena), width_(round_up(p.Dv, V::W)) {
-    buffer_ = arena.take<T>(in_place<V>(p.query.dtype, p.Dv) ? 0 : states * s.region_rows * width_);
+      : p_(local_of(p)), s_(s), pieces_(p_, s, arena) {
+    buffer_ = arena.take<T>(in_place<V>(p.query.dtype) ? 0 : states * s.region_rows * round_up(p.Dv, V::W));
     states_ = arena.take<RowState<T>>(states * s.region_rows);
     opened_ = arena.take<uint8_t>(states * s.region_rows);
   }
@@ -111,7 +111,7 @@ class LocalMap {
       const int64_t r = r0 + s;
       const bool first = !seen_[r];
       T* to = out_.data + r * out_.ld;
-      softmax_tile<V>(piece, false, state_ + r, first, to, out_.ld, width_ / V::W);
+      softmax_tile<V>(piece, false, state_ + r, first, to, out_.ld, p_.Dv);
       products.weigh_values(first, piece.rows, from, piece.cols, piece.scores, piece.ld, to, out_.ld);
       memset(seen_ + r, 1, static_cast<size_t>(piece.rows));
     }
@@ -125,7 +125,7 @@ class LocalMap {
   const MaskedAttentionParams& p_;
   const Blocking& s_;
   LocalPieces<Products> pieces_;
-  int64_t width_, b_ = 0, h_ = 0;
+  int64_t b_ = 0, h_ = 0;
   T* buffer_;
   RowState<T>*states_, *state_ = nullptr;
   uint8_t *opened_, *seen_ = nullptr;  // one a row

@@ -33,13 +33,13 @@ struct Slices {
 // `count` rows of a factor of head (b, h), from `first` on and `step` apart.
 template <class V>
 Rows<typename V::T> stage_factor(const View& v, int64_t rank, int64_t b, int64_t h, int64_t first, int64_t step,
-                                 int64_t count, typename V::T* buffer, bool whole_words = true) {
+                                 int64_t count, typename V::T* buffer) {
   const char* rows = at(v, b * v.stride[0] + h * v.stride[1] + first * v.stride[2]);
-  return stage_rows<V>(rows, v.dtype, v.stride[2] * step, count, rank, buffer, whole_words);
+  return stage_rows<V>(rows, v.dtype, v.stride[2] * step, count, rank, buffer);
 }
 template <class V>
 int64_t staged_elements(const View& v, int64_t rank, int64_t count) {
-  return in_place<V>(v.dtype, rank) ? 0 : count * round_up(rank, V::W);
+  return in_place<V>(v.dtype) ? 0 : count * round_up(rank, V::W);
 }
 
 // Builds regions of M.
@@ -49,7 +49,7 @@ class FactorProduct {
   using T = typename V::T;
   FactorProduct(const Factors& factors, int64_t max_rows, int64_t max_cols, Arena& arena) : f_(factors) {
     if (f_.rank == 0) return;
-    panels_ = arena.take<T>(round_up(max_cols, V::W) * f_.rank);
+    panels_ = arena.take<T>(panel_elements<V>(max_cols, f_.rank));
     rows_ = arena.take<T>(staged_elements<V>(f_.rows, f_.rank, max_rows));
     columns_ = arena.take<T>(staged_elements<V>(f_.columns, f_.rank, max_cols));
     offset_ = arena.take<T>(round_up(max_cols, V::W));
@@ -58,8 +58,8 @@ class FactorProduct {
   // to [region.rows, ld] = M of head (b, h), whole words a row
   void build(const Region& region, int64_t b, int64_t h, T* to, int64_t ld) {
     const int64_t width = round_up(region.cols, V::W);
-    const Rows<T> rows = stage_factor<V>(f_.rows, f_.rank, b, h, region.i0, region.step, region.rows, rows_, false);
-    const Rows<T> columns = stage_factor<V>(f_.columns, f_.rank, b, h, region.j0, region.step, region.cols, columns_, false);
+    const Rows<T> rows = stage_factor<V>(f_.rows, f_.rank, b, h, region.i0, region.step, region.rows, rows_);
+    const Rows<T> columns = stage_factor<V>(f_.columns, f_.rank, b, h, region.j0, region.step, region.cols, columns_);
     pack_transposed<V>(columns, region.cols, f_.rank, panels_);
     if (f_.offset.data == nullptr) return multiply<false>(rows, region.rows, width, to, ld);
     const int64_t* s = f_.offset.stride;
@@ -73,35 +73,34 @@ class FactorProduct {
  private:
   template <bool kAdd>
   void multiply(Rows<T> rows, int64_t count, int64_t width, T* to, int64_t ld) const {
-    gemm<V, false, kAdd, true>(count, width / V::W, f_.rank, rows.data, rows.ld, panels_, f_.rank * V::W, to, ld);
+    gemm<V, false, kAdd, true>(count, width, f_.rank, rows.data, rows.ld, panels_, f_.rank * V::W, to, ld);
   }
 
   const Factors& f_;
   T *panels_ = nullptr, *rows_ = nullptr, *columns_ = nullptr, *offset_ = nullptr;
 };
 
-// Where the gradient of one factor is summed: slices of rows of whole words, maybe the caller's tensor itself.
+// Where the gradient of one factor is summed, slice by slice, maybe in the caller's tensor itself.
 template <class T>
 struct FactorSum {
   View grad;
   T* sum = nullptr;
-  int64_t length = 0, width = 0, ld = 0;  // of a slice
+  int64_t length = 0, width = 0;  // rows of a slice
   int64_t slices = 0, stride_b = 0, stride_h = 0;
   int64_t replicas = 1;
 
   FactorSum() = default;
-  FactorSum(const MaskedAttentionParams& p, const View& g, int64_t rows, int64_t row_width, int64_t row_ld,
-            int64_t copies) {
+  FactorSum(const MaskedAttentionParams& p, const View& g, int64_t rows, int64_t row_width, int64_t copies) {
     if (g.data == nullptr) return;
-    grad = g, length = rows, width = row_width, ld = row_ld, replicas = copies;
+    grad = g, length = rows, width = row_width, replicas = copies;
     const int64_t batch = g.stride[0] != 0 ? p.B : 1, heads = g.stride[1] != 0 ? p.H : 1;
     slices = batch * heads;
-    stride_b = batch > 1 ? heads * length * ld : 0;
-    stride_h = heads > 1 ? length * ld : 0;
-    if (size_of(g.dtype) == sizeof(T) && ld == width && replicas == 1) sum = static_cast<T*>(g.data);
+    stride_b = batch > 1 ? heads * length * width : 0;
+    stride_h = heads > 1 ? length * width : 0;
+    if (size_of(g.dtype) == sizeof(T) && replicas == 1) sum = static_cast<T*>(g.data);
   }
   bool wanted() const { return grad.data != nullptr; }
-  int64_t numel() const { return slices * length * ld; }
+  int64_t numel() const { return slices * length * width; }
   // Bytes of sums outside of the caller's tensor.
   int64_t bytes() const {
     const bool own = wanted() && sum != grad.data;
@@ -118,8 +117,7 @@ struct FactorSum {
     if (!wanted() || sum == grad.data) return;
     for (int64_t r = 1; r < replicas; ++r)
       for (int64_t k = 0, n = numel(); k < n; ++k) sum[k] += sum[r * n + k];
-    for (int64_t r = 0; r < slices * length; ++r)
-      store_row<T>(at_mutable(grad, r * width), grad.dtype, 1, sum + r * ld, T(1), width);
+    store_row<T>(at_mutable(grad, 0), grad.dtype, 1, sum, T(1), numel());
   }
 };
 
@@ -160,14 +158,14 @@ class FactorFold {
     const int64_t step = region.step;
     if (sums_.rows.wanted()) {
       const Rows<T> columns = stage_factor<V>(f.columns, f.rank, b, h, region.j0, step, region.cols, staged_);
-      const int64_t to = sums_.rows.ld;
-      gemm<V, false, true>(region.rows, to / V::W, region.cols, G, ld, columns.data, columns.ld,
+      const int64_t to = sums_.rows.width;
+      gemm<V, false, true>(region.rows, f.rank, region.cols, G, ld, columns.data, columns.ld,
                            sums_.rows.slice(b, h, replica) + region.i0 * to, to * step);
     }
     if (sums_.columns.wanted()) {
       const Rows<T> rows = stage_factor<V>(f.rows, f.rank, b, h, region.i0, step, region.rows, staged_);
-      const int64_t to = sums_.columns.ld;
-      gemm<V, true, true>(region.cols, to / V::W, region.rows, G, ld, rows.data, rows.ld,
+      const int64_t to = sums_.columns.width;
+      gemm<V, true, true>(region.cols, f.rank, region.rows, G, ld, rows.data, rows.ld,
                           sums_.columns.slice(b, h, replica) + region.j0 * to, to * step);
     }
     if (sums_.offset.wanted()) {

@@ -90,7 +90,7 @@ class MapGate {
   template <class Body>
   static int run(const MapGatedAttentionParams& p, const Sizes& sizes, bool backward, int64_t tasks,
                  const Body& body) {
-    const int64_t padded = round_up(p.Lk, V::W), gate = p.Lk * padded, sum = sizes.sum_elements(p.Lk);
+    const int64_t padded = round_up(p.Lk, V::W), gate = panel_elements<V>(p.Lk, p.Lk), sum = sizes.sum_elements(p.Lk);
     const bool transposed = backward && sizes.maps;
     const int64_t staged = (transposed ? 4 : 2) * gate, copies = backward && sizes.gates ? 2 * tasks : 0;
     ScratchBlock shared((V::W * padded + staged + copies * sum) * static_cast<int64_t>(sizeof(T)));
@@ -152,16 +152,16 @@ class MapGate {
     sums_ = arena.take<T>(rows);
     kept_ = arena.take<Piece>(rows);
     if (!backward) {
-      out_ = arena.take<T>(in_place<V>(p.query.dtype, p.Dv) ? 0 : rows * s_.width);
+      out_ = arena.take<T>(in_place<V>(p.query.dtype) ? 0 : rows * s_.width);
       return;
     }
     grad_ = arena.take<T>(plane);
     grad_logit_ = arena.take<T>(plane);
     near_grad_ = arena.take<T>(plane);
-    const bool staged_d = !in_place<V>(p.query.dtype, p.D), staged_v = !in_place<V>(p.query.dtype, p.Dv);
-    query_sum_ = arena.take<T>(staged_d && p.grad_query.data ? p.Lq * s_.depth : 0);
-    key_sum_ = arena.take<T>(staged_d && p.grad_key.data ? p.Lk * s_.depth : 0);
-    value_sum_ = arena.take<T>(staged_v && p.grad_value.data ? p.Lk * s_.width : 0);
+    const bool staged = !in_place<V>(p.query.dtype);
+    query_sum_ = arena.take<T>(staged && p.grad_query.data ? p.Lq * s_.depth : 0);
+    key_sum_ = arena.take<T>(staged && p.grad_key.data ? p.Lk * s_.depth : 0);
+    value_sum_ = arena.take<T>(staged && p.grad_value.data ? p.Lk * s_.width : 0);
   }
   MapGate(const MapGate&) = delete;
   MapGate& operator=(const MapGate&) = delete;
@@ -202,10 +202,10 @@ class MapGate {
       tile.visible_ld = whole_visible_.ld();
     }
     probabilities(tile);
-    gemm<V, false, false, true>(rows, words, p_.Lk, whole_, ld_, gates_.whole, panel_, gate_, ld_);
+    gemm<V, false, false, true>(rows, p_.Lk, p_.Lk, whole_, ld_, gates_.whole, panel_, gate_, ld_);
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& k = kept_[n];
-      gemm<V, false, true, true>(k.tile.rows, words, k.tile.cols, k.tile.scores, k.tile.ld, gates_.near + k.lo * V::W,
+      gemm<V, false, true, true>(k.tile.rows, p_.Lk, k.tile.cols, k.tile.scores, k.tile.ld, gates_.near + k.lo * V::W,
                                  panel_, gate_ + k.s * ld_, ld_);
     }
     const typename V::reg one = V::set1(T(1)), minus_log2e = V::set1(-kLog2e<T>);
@@ -226,7 +226,7 @@ class MapGate {
       T* row = mixed_ + r * ld_;
       const T sum = row_sum(row, words);
       sums_[r] = sum;
-      scale_row(row, words, sum != T(0) ? T(1) / sum : T(0));
+      scale_row<V>(row, p_.Lk, sum != T(0) ? T(1) / sum : T(0));
     }
   }
 
@@ -234,13 +234,9 @@ class MapGate {
   void probabilities(const Tile<T>& tile) {
     softmax_tile<V>(tile, false, state_, true, nullptr, 0, 0);
     for (int64_t r = 0; r < tile.rows; ++r)
-      scale_row(tile.scores + r * tile.ld, ceil_div(tile.cols, V::W), state_[r].sum != T(0) ? T(1) / state_[r].sum : T(0));
+      scale_row<V>(tile.scores + r * tile.ld, tile.cols, state_[r].sum != T(0) ? T(1) / state_[r].sum : T(0));
   }
 
-  static void scale_row(T* row, int64_t words, T factor) {
-    const typename V::reg f = V::set1(factor);
-    for (int64_t c = 0; c < words * V::W; c += V::W) V::store(row + c, V::mul(f, V::load(row + c)));
-  }
   static T row_sum(const T* row, int64_t words) {
     typename V::reg sum = V::zero();
     for (int64_t c = 0; c < words * V::W; c += V::W) sum = V::add(sum, V::load(row + c));
@@ -269,7 +265,7 @@ class MapGate {
       const Region part{r0, rows, 0, p_.Lk, 1};
       const Rows<T> out = out_rows<V>(p_.out, p_.query.dtype, p_.Dv, part, b_, h_, out_, 0);
       products_.weigh_values(true, rows, 0, p_.Lk, mixed_, ld_, out.data, out.ld);
-      if (in_place<V>(p_.query.dtype, p_.Dv)) continue;
+      if (in_place<V>(p_.query.dtype)) continue;
       for (int64_t r = 0; r < rows; ++r)
         store_words<V>(at_mutable(p_.out, head_offset(p_.out, b_, h_) + (r0 + r) * p_.out.stride[2]), p_.out.dtype,
                        out.data + r * out.ld, p_.Dv);
@@ -279,11 +275,11 @@ class MapGate {
   // Where the rows of a head's gradient are summed: all stored by the first block that meets them.
   Rows<T> grad_rows(const View& g, T* sum, int64_t width) const {
     if (g.data == nullptr) return {};
-    if (!in_place<V>(p_.query.dtype, width)) return {sum, round_up(width, V::W)};
+    if (!in_place<V>(p_.query.dtype)) return {sum, round_up(width, V::W)};
     return {static_cast<T*>(g.data) + head_offset(g, b_, h_), g.stride[2]};
   }
   void store_rows(const View& g, Rows<T> x, int64_t rows, int64_t width) const {
-    if (g.data == nullptr || in_place<V>(p_.query.dtype, width)) return;
+    if (g.data == nullptr || in_place<V>(p_.query.dtype)) return;
     for (int64_t r = 0; r < rows; ++r)
       store_words<V>(at_mutable(g, head_offset(g, b_, h_) + r * g.stride[2]), g.dtype, x.data + r * x.ld, width);
   }
@@ -336,10 +332,10 @@ class MapGate {
       V::store(near_grad_ + (k.s + r) * ld_ + c, V::mul(x, rest));
     });
     if (p_.grad_gate_global.data != nullptr)
-      gemm<V, true, true>(p_.Lk, words, rows, whole_, ld_, grad_logit_, ld_, gate_sums, ld_);
+      gemm<V, true, true>(p_.Lk, words * V::W, rows, whole_, ld_, grad_logit_, ld_, gate_sums, ld_);
     for (int64_t n = 0; p_.grad_gate_local.data != nullptr && n < n_kept_; ++n) {
       const Piece& k = kept_[n];
-      gemm<V, true, true>(k.tile.cols, words, k.tile.rows, k.tile.scores, k.tile.ld, grad_logit_ + k.s * ld_, ld_,
+      gemm<V, true, true>(k.tile.cols, words * V::W, k.tile.rows, k.tile.scores, k.tile.ld, grad_logit_ + k.s * ld_, ld_,
                           gate_sums + s_.sum_elements(p_.Lk) + k.lo * ld_, ld_);
     }
     if (!s_.maps) return;
@@ -348,13 +344,13 @@ class MapGate {
         T* grad = grad_ + r * ld_ + c;
         V::store(grad, V::mul(V::load(grad), V::load(gate_ + r * ld_ + c)));
       }
-    gemm<V, false, true, true>(rows, words, p_.Lk, grad_logit_, ld_, gates_.whole_t, panel_, grad_, ld_);
+    gemm<V, false, true, true>(rows, p_.Lk, p_.Lk, grad_logit_, ld_, gates_.whole_t, panel_, grad_, ld_);
     for (int64_t r = 0; r < rows; ++r) softmax_slope(whole_ + r * ld_, grad_ + r * ld_, words);
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& k = kept_[n];
       const int64_t near_words = ceil_div(k.tile.cols, V::W);
       T* near_grad = near_grad_ + k.s * ld_;
-      gemm<V, false, true, true>(k.tile.rows, near_words, p_.Lk, grad_logit_ + k.s * ld_, ld_,
+      gemm<V, false, true, true>(k.tile.rows, k.tile.cols, p_.Lk, grad_logit_ + k.s * ld_, ld_,
                                  gates_.near_t + k.lo * p_.Lk, panel_, near_grad, ld_);
       for (int64_t r = 0; r < k.tile.rows; ++r) {
         softmax_slope(k.tile.scores + r * k.tile.ld, near_grad + r * ld_, near_words);

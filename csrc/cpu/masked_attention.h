@@ -157,7 +157,7 @@ template <class V>
 Rows<typename V::T> out_rows(const View& out, DType dtype, int64_t Dv, const Region& region, int64_t b, int64_t h,
                              typename V::T* buffer, int64_t first) {
   const int64_t width = round_up(Dv, V::W);
-  if (!in_place<V>(dtype, Dv)) return {buffer + first * width, width};
+  if (!in_place<V>(dtype)) return {buffer + first * width, width};
   const int64_t* st = out.stride;
   return {static_cast<typename V::T*>(out.data) + head_offset(out, b, h) + region.i0 * st[2], st[2] * region.step};
 }
@@ -168,18 +168,16 @@ void finish_rows(const MaskedAttentionParams& p, const View& to, const View& lse
                  int64_t h, Rows<typename V::T> out, const RowState<typename V::T>* state, const uint8_t* opened,
                  int64_t rows_per_flag) {
   using T = typename V::T;
-  const int64_t width = round_up(p.Dv, V::W);
   for (int64_t r = 0; r < region.rows; ++r) {
     T* row = out.data + r * out.ld;
     const bool seen = opened[r / rows_per_flag] && state[r].sum != T(0);
     const int64_t i = region.i(r);
-    const T log_sum = seen ? state[r].max + static_cast<T>(::log(static_cast<double>(state[r].sum))) : -kInfinity<T>;
+    const T log_sum = seen ? state[r].max + std::log(state[r].sum) : -kInfinity<T>;
     store_row<T>(at_mutable(lse, head_offset(lse, b, h) + i * lse.stride[2]), lse.dtype, 1, &log_sum, T(1), 1);
-    if (!seen) memset(row, 0, static_cast<size_t>(width) * sizeof(T));
+    if (!seen) memset(row, 0, static_cast<size_t>(p.Dv) * sizeof(T));
     const T factor = seen ? T(1) / state[r].sum : T(0);
-    if (in_place<V>(p.query.dtype, p.Dv)) {
-      const typename V::reg f = V::set1(factor);
-      for (int64_t d = 0; seen && d < width; d += V::W) V::store(row + d, V::mul(f, V::load(row + d)));
+    if (in_place<V>(p.query.dtype)) {
+      if (seen) scale_row<V>(row, p.Dv, factor);
     } else {
       store_row<T>(at_mutable(to, head_offset(to, b, h) + i * to.stride[2]), p.query.dtype, 1, row, factor, p.Dv);
     }
@@ -251,10 +249,9 @@ class Forward {
         masks_(p, s, arena),
         products_(p, s, false, arena),
         second_(p, s, one_region ? 1 : unit_heads, arena) {
-    width_ = round_up(p.Dv, V::W);
     const int64_t states = one_region ? 1 : unit_heads;
     scores_ = arena.take<T>(s.tile_rows * (s.tile_cols + V::W));
-    out_ = arena.take<T>(in_place<V>(p.query.dtype, p.Dv) ? 0 : states * s.region_rows * width_);
+    out_ = arena.take<T>(in_place<V>(p.query.dtype) ? 0 : states * s.region_rows * round_up(p.Dv, V::W));
     state_ = arena.take<RowState<T>>(states * s.region_rows);
     opened_ = arena.take<uint8_t>(states * ceil_div(s.region_rows, s.short_rows));
   }
@@ -311,7 +308,7 @@ class Forward {
         products_.scores(r0, rows, lo, ceil_div(tile.cols, V::W), scores_, ld);
         second_.attend(r0, lo, tile, products_);
         T* to = out.data + r0 * out.ld;
-        softmax_tile<V>(tile, p_.gate, state + r0, !opened[block], to, out.ld, width_ / V::W);
+        softmax_tile<V>(tile, p_.gate, state + r0, !opened[block], to, out.ld, p_.Dv);
         if (p_.dropout_p > 0) {
           masks_.draw(b, h, r0, rows, lo, tile.cols);
           masks_.drop(scores_, ld, rows, tile.cols);
@@ -329,7 +326,7 @@ class Forward {
   RegionMasks<V> masks_;
   Products products_;
   SecondMap<Products> second_;
-  int64_t width_, first_head_ = 0, entered_keys_ = -1;
+  int64_t first_head_ = 0, entered_keys_ = -1;
   T *scores_, *out_;
   RowState<T>* state_;
   uint8_t* opened_;

@@ -121,7 +121,6 @@ class Backward {
     const MaskedAttentionParams& p;
     BackwardPlan plan;
     Blocking size;
-    int64_t depth, width;
     bool one_region;
     bool want_scores;  // some gradient needs dS
     bool stored;       // one region, all of it visible: the first tile of a gradient's rows stores rather than adds
@@ -133,8 +132,6 @@ class Backward {
       const bool patterned = p.n_patterns > 0;
       plan = plan_backward(p, patterned);
       size = choose_blocking<Products>(p, true, ceil_div(p.Lq, plan.groups), ceil_div(p.Lk, plan.groups));
-      depth = round_up(p.D, V::W);
-      width = round_up(p.Dv, V::W);
       bool stepped = false;
       for (int64_t h = 0; h < p.n_patterns; ++h) stepped = stepped || key_step(p.patterns[h]) > 1;
       one_region = plan.groups == 1 && !stepped && size.region_rows >= p.Lq && size.region_cols >= p.Lk;
@@ -148,12 +145,12 @@ class Backward {
       GradTarget<T> t;
       t.covered = !Visibility::needed(p);
       if (any_wanted(grads)) {
-        const int64_t rank = factors.rank, ld = round_up(rank, V::W);
+        const int64_t rank = factors.rank;
         const auto copies = [&](const View& v) { return v.stride[0] != 0 && plan.whole_samples ? 1 : plan.replicas; };
         t.factors = {&factors, Slices(p.H, factors, grads),
-                     {p, grads.rows, p.Lq, rank, ld, copies(grads.rows)},
-                     {p, grads.columns, p.Lk, rank, ld, copies(grads.columns)},
-                     {p, grads.offset, 1, p.Lk, p.Lk, copies(grads.offset)}};
+                     {p, grads.rows, p.Lq, rank, copies(grads.rows)},
+                     {p, grads.columns, p.Lk, rank, copies(grads.columns)},
+                     {p, grads.offset, 1, p.Lk, copies(grads.offset)}};
       }
       t.grad = g;
       if (g.data == nullptr) return t;
@@ -177,10 +174,13 @@ class Backward {
     int64_t mask_sums(const GradTarget<T>& t) const {
       return needs_sums(t) ? round_up(t.numel * t.replicas * static_cast<int64_t>(sizeof(T)), 64) : 0;
     }
-    bool heads_staged(const View& g, int64_t w) const { return g.data != nullptr && !in_place<V>(p.query.dtype, w); }
+    // Elements of a head's sums, where they cannot be made in the caller's tensor.
+    int64_t staged_rows(const View& g, int64_t rows, int64_t w) const {
+      return g.data == nullptr || in_place<V>(p.query.dtype) ? 0 : rows * round_up(w, V::W);
+    }
     // Slots of sums: a pair's own when its task has one region, else one for every head.
     int64_t head_sums(const View& g, int64_t heads, int64_t rows, int64_t w) const {
-      return heads_staged(g, w) && !one_region ? heads * rows * round_up(w, V::W) * static_cast<int64_t>(sizeof(T)) : 0;
+      return one_region ? 0 : heads * staged_rows(g, rows, w) * static_cast<int64_t>(sizeof(T));
     }
     int64_t query_bytes() const { return head_sums(p.grad_query, p.B * p.H, p.Lq, p.D); }
     int64_t key_bytes() const { return head_sums(p.grad_key, p.B * p.Hkv, p.Lk, p.D); }
@@ -239,11 +239,11 @@ class Backward {
     // Sum rows of one head: the caller's tensor, or sums at slot `head`.
     Rows<T> rows_of(const View& g, T* sum, int64_t head, int64_t b, int64_t h, int64_t rows, int64_t w) const {
       if (g.data == nullptr) return {};
-      if (!heads_staged(g, w)) return {static_cast<T*>(g.data) + head_offset(g, b, h), g.stride[2]};
+      if (in_place<V>(p.query.dtype)) return {static_cast<T*>(g.data) + head_offset(g, b, h), g.stride[2]};
       return {sum + head * rows * round_up(w, V::W), round_up(w, V::W)};
     }
-    static void clear_rows(Rows<T> x, int64_t rows, int64_t w) {
-      if (x.data != nullptr) memset(x.data, 0, static_cast<size_t>(rows * w) * sizeof(T));
+    static void clear_rows(Rows<T> x, int64_t rows, int64_t w) {  // an only row has a stride of 0
+      if (x.data != nullptr && rows > 0) memset(x.data, 0, static_cast<size_t>((rows - 1) * x.ld + w) * sizeof(T));
     }
     void finish_rows(const View& g, Rows<T> x, int64_t b, int64_t h, int64_t rows, int64_t w) const {
       if (x.data == nullptr || x.data == reinterpret_cast<T*>(at_mutable(g, head_offset(g, b, h)))) return;
@@ -257,10 +257,10 @@ class Backward {
     }
     void clear_heads(Pairs u, int64_t heads) const {
       each_head(u, heads, [&](int64_t pair, int64_t b, int64_t hk, int64_t n) {
-        clear_rows(rows_of(p.grad_query, query_sum, pair * heads + n, b, hk * heads + n, p.Lq, p.D), p.Lq, depth);
+        clear_rows(rows_of(p.grad_query, query_sum, pair * heads + n, b, hk * heads + n, p.Lq, p.D), p.Lq, p.D);
         if (n > 0) return;
-        clear_rows(rows_of(p.grad_key, key_sum, pair, b, hk, p.Lk, p.D), p.Lk, depth);
-        clear_rows(rows_of(p.grad_value, value_sum, pair, b, hk, p.Lk, p.Dv), p.Lk, width);
+        clear_rows(rows_of(p.grad_key, key_sum, pair, b, hk, p.Lk, p.D), p.Lk, p.D);
+        clear_rows(rows_of(p.grad_value, value_sum, pair, b, hk, p.Lk, p.Dv), p.Lk, p.Dv);
       });
     }
     void finish_heads(Pairs u, int64_t heads) const {
@@ -286,9 +286,9 @@ class Backward {
     scores_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
     grad_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
     if (s_.one_region) {
-      query_sum_ = arena.take<T>(s_.heads_staged(p.grad_query, p.D) ? p.Lq * s_.depth : 0);
-      key_sum_ = arena.take<T>(s_.heads_staged(p.grad_key, p.D) ? p.Lk * s_.depth : 0);
-      value_sum_ = arena.take<T>(s_.heads_staged(p.grad_value, p.Dv) ? p.Lk * s_.width : 0);
+      query_sum_ = arena.take<T>(s_.staged_rows(p.grad_query, p.Lq, p.D));
+      key_sum_ = arena.take<T>(s_.staged_rows(p.grad_key, p.Lk, p.D));
+      value_sum_ = arena.take<T>(s_.staged_rows(p.grad_value, p.Lk, p.Dv));
     }
   }
 
@@ -311,8 +311,8 @@ class Backward {
       if (s_.one_region) {
         dk = s_.rows_of(p_.grad_key, key_sum_, 0, b, hk, p_.Lk, p_.D);
         dv = s_.rows_of(p_.grad_value, value_sum_, 0, b, hk, p_.Lk, p_.Dv);
-        if (!s_.stored) s_.clear_rows(dk, p_.Lk, s_.depth);
-        if (!s_.stored) s_.clear_rows(dv, p_.Lk, s_.width);
+        if (!s_.stored) s_.clear_rows(dk, p_.Lk, p_.D);
+        if (!s_.stored) s_.clear_rows(dv, p_.Lk, p_.Dv);
       } else {
         dk = s_.rows_of(p_.grad_key, s_.key_sum, pair, b, hk, p_.Lk, p_.D);
         dv = s_.rows_of(p_.grad_value, s_.value_sum, pair, b, hk, p_.Lk, p_.Dv);
@@ -324,7 +324,7 @@ class Backward {
         Rows<T> dq;
         if (s_.one_region) {
           dq = s_.rows_of(p_.grad_query, query_sum_, 0, b, h, p_.Lq, p_.D);
-          if (!s_.stored) s_.clear_rows(dq, p_.Lq, s_.depth);
+          if (!s_.stored) s_.clear_rows(dq, p_.Lq, p_.D);
         } else {
           dq = s_.rows_of(p_.grad_query, s_.query_sum, pair * heads + n, b, h, p_.Lq, p_.D);
         }

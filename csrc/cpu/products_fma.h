@@ -35,27 +35,27 @@ class FmaProducts {
   }
 
   FmaProducts(const MaskedAttentionParams& p, const Blocking& s, bool backward, Arena& arena)
-      : p_(p), backward_(backward), depth_(round_up(p.D, V::W)), width_(round_up(p.Dv, V::W)) {
-    const DType d = p.query.dtype;
-    const bool stage_depth = !in_place<V>(d, p.D), stage_width = !in_place<V>(d, p.Dv);
-    key_panels_ = arena.take<T>(s.region_cols * p.D);
-    value_panels_ = arena.take<T>(backward ? s.region_cols * p.Dv : 0);
-    key_buffer_ = arena.take<T>(stage_depth ? s.region_cols * depth_ : 0);
-    value_buffer_ = arena.take<T>(stage_width ? s.region_cols * width_ : 0);
-    query_buffer_ = arena.take<T>(stage_depth ? s.region_rows * depth_ : 0);
-    grad_out_.buffer = arena.take<T>(stage_width && backward ? s.region_rows * width_ : 0);
+      : p_(p), width_(round_up(p.Dv, V::W)) {
+    const bool staged = !in_place<V>(p.query.dtype);
+    const int64_t depth = round_up(p.D, V::W);
+    key_panels_ = arena.take<T>(panel_elements<V>(s.region_cols, p.D));
+    value_panels_ = arena.take<T>(backward ? panel_elements<V>(s.region_cols, p.Dv) : 0);
+    key_buffer_ = arena.take<T>(staged ? s.region_cols * depth : 0);
+    value_buffer_ = arena.take<T>(staged ? s.region_cols * width_ : 0);
+    query_buffer_ = arena.take<T>(staged ? s.region_rows * depth : 0);
+    grad_out_.buffer = arena.take<T>(staged && backward ? s.region_rows * width_ : 0);
   }
 
   void enter_keys(const Region& region, int64_t b, int64_t hk, bool want_values_panels) {
     region_ = region;
-    key_ = stage(p_.key, region.j0, region.cols, b, hk, p_.D, key_buffer_, backward_);
-    value_ = stage(p_.value, region.j0, region.cols, b, hk, p_.Dv, value_buffer_, !backward_);
+    key_ = stage(p_.key, region.j0, region.cols, b, hk, p_.D, key_buffer_);
+    value_ = stage(p_.value, region.j0, region.cols, b, hk, p_.Dv, value_buffer_);
     pack_transposed<V>(key_, region.cols, p_.D, key_panels_);
     if (want_values_panels) pack_transposed<V>(value_, region.cols, p_.Dv, value_panels_);
   }
   void enter_queries(const Region& region, int64_t b, int64_t h) {
     region_ = region;
-    query_ = stage(p_.query, region.i0, region.rows, b, h, p_.D, query_buffer_, backward_);
+    query_ = stage(p_.query, region.i0, region.rows, b, h, p_.D, query_buffer_);
   }
   void enter_grad_out(int64_t b, int64_t h) {
     grad_out_.rows = stage(p_.grad_out, region_.i0, region_.rows, b, h, p_.Dv, grad_out_.buffer);
@@ -67,7 +67,7 @@ class FmaProducts {
     T* buffer;
   };
   GradOut take_grad_out(const Blocking& s, Arena& arena) const {
-    return {{}, arena.take<T>(in_place<V>(p_.query.dtype, p_.Dv) ? 0 : s.region_rows * width_)};
+    return {{}, arena.take<T>(in_place<V>(p_.query.dtype) ? 0 : s.region_rows * width_)};
   }
   void enter_grad_out(GradOut& other, const View& grad_out, int64_t b, int64_t h) const {
     other.rows = stage(grad_out, region_.i0, region_.rows, b, h, p_.Dv, other.buffer);
@@ -80,18 +80,18 @@ class FmaProducts {
 
   // C [rows, words] = q . k of tile rows [r0, r0 + rows) and columns from lo
   void scores(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
-    gemm<V, false, false, true>(rows, words, p_.D, query_.data + r0 * query_.ld, query_.ld, key_panels_ + lo * p_.D,
+    gemm<V, false, false, true>(rows, words * V::W, p_.D, query_.data + r0 * query_.ld, query_.ld, key_panels_ + lo * p_.D,
                                 p_.D * V::W, C, ldc);
   }
   // C [rows, words] = grad_out . v
   void weight_grads(int64_t r0, int64_t rows, int64_t lo, int64_t words, T* C, int64_t ldc) const {
-    gemm<V, false, false, true>(rows, words, p_.Dv, grad_out_.rows.data + r0 * grad_out_.rows.ld, grad_out_.rows.ld,
+    gemm<V, false, false, true>(rows, words * V::W, p_.Dv, grad_out_.rows.data + r0 * grad_out_.rows.ld, grad_out_.rows.ld,
                                 value_panels_ + lo * p_.Dv, p_.Dv * V::W, C, ldc);
   }
 
   // out [rows, Dv] (+)= P v
   void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, const T* P, int64_t ldp, T* out, int64_t ld) {
-    product<false>(first, rows, width_, cols, P, ldp, value_.data + lo * value_.ld, value_.ld, out, ld);
+    product<false>(first, rows, p_.Dv, cols, P, ldp, value_.data + lo * value_.ld, value_.ld, out, ld);
   }
 
   // Backward: the gradients of a head are added to where they belong at once, so there is nothing to open or close.
@@ -106,11 +106,11 @@ class FmaProducts {
     const int64_t j = region_.j(lo), i = region_.i(r0), step = region_.step;
     const T *q = query_.data + r0 * query_.ld, *go = grad_out_.rows.data + r0 * grad_out_.rows.ld;
     if (dv.data != nullptr)
-      product<true>(first_of_cols, cols, width_, rows, P, ld, go, grad_out_.rows.ld, dv.data + j * dv.ld, dv.ld * step);
+      product<true>(first_of_cols, cols, p_.Dv, rows, P, ld, go, grad_out_.rows.ld, dv.data + j * dv.ld, dv.ld * step);
     if (dk.data != nullptr)
-      product<true>(first_of_cols, cols, depth_, rows, dS, ld, q, query_.ld, dk.data + j * dk.ld, dk.ld * step);
+      product<true>(first_of_cols, cols, p_.D, rows, dS, ld, q, query_.ld, dk.data + j * dk.ld, dk.ld * step);
     if (dq.data != nullptr)
-      product<false>(first_of_rows, rows, depth_, cols, dS, ld, key_.data + lo * key_.ld, key_.ld, dq.data + i * dq.ld,
+      product<false>(first_of_rows, rows, p_.D, cols, dS, ld, key_.data + lo * key_.ld, key_.ld, dq.data + i * dq.ld,
                      dq.ld * step);
   }
 
@@ -118,19 +118,18 @@ class FmaProducts {
   template <bool TransA>
   static void product(bool store, int64_t rows, int64_t width, int64_t depth, const T* A, int64_t lda, const T* B,
                       int64_t ldb, T* C, int64_t ldc) {
-    if (store) gemm<V, TransA, false>(rows, width / V::W, depth, A, lda, B, ldb, C, ldc);
-    else gemm<V, TransA, true>(rows, width / V::W, depth, A, lda, B, ldb, C, ldc);
+    if (store) gemm<V, TransA, false>(rows, width, depth, A, lda, B, ldb, C, ldc);
+    else gemm<V, TransA, true>(rows, width, depth, A, lda, B, ldb, C, ldc);
   }
 
-  Rows<T> stage(const View& v, int64_t first, int64_t count, int64_t b, int64_t h, int64_t width, T* buffer,
-                bool whole_words = true) const {
+  Rows<T> stage(const View& v, int64_t first, int64_t count, int64_t b, int64_t h, int64_t width,
+                T* buffer) const {
     return stage_rows<V>(at(v, head_offset(v, b, h) + first * v.stride[2]), v.dtype, v.stride[2] * region_.step, count,
-                         width, buffer, whole_words);
+                         width, buffer);
   }
 
   const MaskedAttentionParams& p_;
-  bool backward_;  // the forward pass multiplies by rows of values, the backward pass by rows of queries and keys
-  int64_t depth_, width_;
+  int64_t width_;  // of staged rows of values
   T *key_panels_, *value_panels_, *key_buffer_, *value_buffer_, *query_buffer_;
   GradOut grad_out_{};
   Region region_{};

@@ -120,7 +120,7 @@ void store_words(char* dst, DType d, const typename V::T* src, int64_t n) {
   if (k < n) V::store(p + k, V::load(src + k), V::from_bits((uint32_t{1} << (n - k)) - 1));
 }
 
-// A matrix in the kernel's number type: either the caller's memory or a staged copy, rows of whole SIMD words.
+// A matrix in the kernel's number type: either the caller's memory or a staged copy.
 template <class T>
 struct Rows {
   T* data = nullptr;
@@ -129,22 +129,18 @@ struct Rows {
 
 // Can the rows of this operand be used where they lie?
 template <class V>
-bool in_place(DType d, int64_t width) {
-  return size_of(d) == sizeof(typename V::T) && width % V::W == 0;
+bool in_place(DType d) {
+  return size_of(d) == sizeof(typename V::T);
 }
 
 // `count` rows of `width`, `row_stride` elements apart: in place if they can be used there, else copied to buffer.
-// Without whole_words nothing reads beyond a row's end, and any width will do.
 template <class V>
 Rows<typename V::T> stage_rows(const char* src, DType d, int64_t row_stride, int64_t count, int64_t width,
-                               typename V::T* buffer, bool whole_words = true) {
+                               typename V::T* buffer) {
   using T = typename V::T;
-  if (in_place<V>(d, whole_words ? width : V::W)) return {reinterpret_cast<T*>(const_cast<char*>(src)), row_stride};
+  if (in_place<V>(d)) return {reinterpret_cast<T*>(const_cast<char*>(src)), row_stride};
   const int64_t ld = round_up(width, V::W);
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t k = width; k < ld; ++k) buffer[r * ld + k] = T(0);
-    load_row<V>(buffer + r * ld, src + r * row_stride * size_of(d), d, 1, width);
-  }
+  for (int64_t r = 0; r < count; ++r) load_row<V>(buffer + r * ld, src + r * row_stride * size_of(d), d, 1, width);
   return {buffer, ld};
 }
 
@@ -193,6 +189,12 @@ void transpose_block(const typename V::T* src, int64_t lds, typename V::T* dst, 
 #endif
 }
 
+// Room for the panels of n rows: the last block of a panel is written whole.
+template <class V>
+int64_t panel_elements(int64_t n, int64_t depth) {
+  return round_up(n, V::W) * depth + V::W * V::W;
+}
+
 // rows [n, depth] -> panels [n / W][depth][W] (gemm.h), the columns beyond n zero.
 template <class V>
 void pack_transposed(Rows<typename V::T> rows, int64_t n, int64_t depth, typename V::T* panels) {
@@ -208,12 +210,11 @@ void pack_transposed(Rows<typename V::T> rows, int64_t n, int64_t depth, typenam
         transpose_block<V>(src + d, rows.ld, dst + d * W, W);
         continue;
       }
-      alignas(64) T block[W * W], turned[W * W];
+      alignas(64) T block[W * W];
       const auto inside = V::from_bits((uint32_t{1} << left) - 1);
       for (int64_t k = 0; k < W; ++k)
         V::store(block + k * W, k < valid ? V::load(src + k * rows.ld + d, inside) : V::zero());
-      transpose_block<V>(block, W, turned, W);
-      memcpy(dst + d * W, turned, static_cast<size_t>(left * W) * sizeof(T));
+      transpose_block<V>(block, W, dst + d * W, W);
     }
   }
 }

@@ -211,14 +211,13 @@ class ScoreMask {
 
   ScoreMask(const ScoreMaskedAttentionParams& p, const Sizes& s, const Layer* layers, Arena& arena)
       : p_(p), s_(s), layers_(layers) {
-    const DType d = p.query.dtype;
-    const bool stage_depth = !in_place<V>(d, p.D), stage_width = !in_place<V>(d, p.Dv);
-    key_panels_ = arena.take<T>(s.keys * p.D);
-    value_panels_ = arena.take<T>(s.backward ? s.keys * p.Dv : 0);
-    key_buffer_ = arena.take<T>(stage_depth ? p.Lk * s.depth : 0);
-    value_buffer_ = arena.take<T>(stage_width ? p.Lk * s.width : 0);
-    query_buffer_ = arena.take<T>(stage_depth ? s.rows * s.depth : 0);
-    grad_out_buffer_ = arena.take<T>(stage_width && s.backward ? s.rows * s.width : 0);
+    const bool staged = !in_place<V>(p.query.dtype);
+    key_panels_ = arena.take<T>(panel_elements<V>(s.keys, p.D));
+    value_panels_ = arena.take<T>(s.backward ? panel_elements<V>(s.keys, p.Dv) : 0);
+    key_buffer_ = arena.take<T>(staged ? p.Lk * s.depth : 0);
+    value_buffer_ = arena.take<T>(staged ? p.Lk * s.width : 0);
+    query_buffer_ = arena.take<T>(staged ? s.rows * s.depth : 0);
+    grad_out_buffer_ = arena.take<T>(staged && s.backward ? s.rows * s.width : 0);
     row_buffer_ = arena.take<T>(s.rows * max64(s.depth, s.width));
     scores_ = arena.take<T>(s.heads * s.rows * s.keys);
     weights_ = arena.take<T>(s.rows * s.keys);
@@ -230,8 +229,8 @@ class ScoreMask {
       score_grads_ = arena.take<T>(s.heads * s.rows * s.keys);
       slopes_[0] = arena.take<T>(s.rows * s.widest);
       slopes_[1] = arena.take<T>(s.rows * s.widest);
-      key_sum_ = arena.take<T>(stage_depth ? s.heads * p.Lk * s.depth : 0);
-      value_sum_ = arena.take<T>(stage_width ? s.heads * p.Lk * s.width : 0);
+      key_sum_ = arena.take<T>(staged ? s.heads * p.Lk * s.depth : 0);
+      value_sum_ = arena.take<T>(staged ? s.heads * p.Lk * s.width : 0);
     }
   }
 
@@ -261,7 +260,7 @@ class ScoreMask {
     if (s_.backward) pack_transposed<V>(value_, p_.Lk, p_.Dv, value_panels_);
   }
   void multiply_panels(int64_t rows, int64_t depth, Rows<T> x, const T* panels, T* to) const {
-    gemm<V, false, false, true>(rows, s_.keys / V::W, depth, x.data, x.ld, panels, depth * V::W, to, s_.keys);
+    gemm<V, false, false, true>(rows, s_.keys, depth, x.data, x.ld, panels, depth * V::W, to, s_.keys);
   }
 
   // Scores of the unit's heads, and the network's input and output for `rows` rows from i0 on.
@@ -339,7 +338,7 @@ class ScoreMask {
         if (s_.heads > 1) value_ = stage(p_.value, b, h, 0, p_.Lk, p_.Dv, value_buffer_);
         softmax(rows, scores_ + n * s_.rows * s_.keys);
         store_rows(p_.out, b, h, i0, rows, p_.Dv, s_.width, [&](T* to, int64_t ld) {
-          gemm<V, false, false>(rows, s_.width / V::W, p_.Lk, weights_, s_.keys, value_.data, value_.ld, to, ld);
+          gemm<V, false, false>(rows, p_.Dv, p_.Lk, weights_, s_.keys, value_.data, value_.ld, to, ld);
         });
       }
     }
@@ -349,7 +348,7 @@ class ScoreMask {
   template <class Write>
   void store_rows(const View& v, int64_t b, int64_t h, int64_t i0, int64_t rows, int64_t width, int64_t ld, const Write& write) const {
     char* const first = at_mutable(v, head_offset(v, b, h) + i0 * v.stride[2]);
-    if (in_place<V>(v.dtype, width)) return write(reinterpret_cast<T*>(first), v.stride[2]);
+    if (in_place<V>(v.dtype)) return write(reinterpret_cast<T*>(first), v.stride[2]);
     write(row_buffer_, ld);
     for (int64_t r = 0; r < rows; ++r)
       store_words<V>(first + r * v.stride[2] * size_of(v.dtype), v.dtype, row_buffer_ + r * ld, width);
@@ -358,18 +357,18 @@ class ScoreMask {
   // Where the gradient of a head's keys or values is summed over the blocks.
   Rows<T> sum_rows(const View& v, int64_t b, int64_t h, int64_t n, int64_t width, int64_t ld, T* sums) const {
     if (v.data == nullptr) return {};
-    if (in_place<V>(v.dtype, width)) return {reinterpret_cast<T*>(at_mutable(v, head_offset(v, b, h))), v.stride[2]};
+    if (in_place<V>(v.dtype)) return {reinterpret_cast<T*>(at_mutable(v, head_offset(v, b, h))), v.stride[2]};
     return {sums + n * p_.Lk * ld, ld};
   }
   void finish_sums(const View& v, Rows<T> sums, int64_t b, int64_t h, int64_t width) const {
-    if (v.data == nullptr || in_place<V>(v.dtype, width)) return;
+    if (v.data == nullptr || in_place<V>(v.dtype)) return;
     for (int64_t r = 0; r < p_.Lk; ++r)
       store_words<V>(at_mutable(v, head_offset(v, b, h) + r * v.stride[2]), v.dtype, sums.data + r * sums.ld, width);
   }
-  static void add_product(bool first, int64_t M, int64_t words, int64_t K, const T* A, int64_t lda, Rows<T> B, Rows<T> to) {
+  static void add_product(bool first, int64_t M, int64_t cols, int64_t K, const T* A, int64_t lda, Rows<T> B, Rows<T> to) {
     if (to.data == nullptr) return;
-    if (first) gemm<V, true, false>(M, words, K, A, lda, B.data, B.ld, to.data, to.ld);
-    else gemm<V, true, true>(M, words, K, A, lda, B.data, B.ld, to.data, to.ld);
+    if (first) gemm<V, true, false>(M, cols, K, A, lda, B.data, B.ld, to.data, to.ld);
+    else gemm<V, true, true>(M, cols, K, A, lda, B.data, B.ld, to.data, to.ld);
   }
   Rows<T> key_sums(int64_t b, int64_t h, int64_t n) const {
     return sum_rows(p_.grad_key, b, h, n, p_.D, s_.depth, key_sum_);
@@ -390,7 +389,7 @@ class ScoreMask {
         if (s_.heads > 1) enter_keys(b, h, true);
         softmax(rows, scores_ + n * s_.rows * s_.keys);
         const Rows<T> grad_out = stage(p_.grad_out, b, h, i0, rows, p_.Dv, grad_out_buffer_);
-        add_product(i0 == 0, p_.Lk, s_.width / V::W, rows, weights_, s_.keys, grad_out, value_sums(b, h, n));
+        add_product(i0 == 0, p_.Lk, p_.Dv, rows, weights_, s_.keys, grad_out, value_sums(b, h, n));
         multiply_panels(rows, p_.Dv, grad_out, value_panels_, weight_grads_);
         softmax_backward(rows, n);
       }
@@ -402,11 +401,11 @@ class ScoreMask {
         if (p_.grad_query.data != nullptr) {
           if (s_.heads > 1) key_ = stage(p_.key, b, h, 0, p_.Lk, p_.D, key_buffer_);
           store_rows(p_.grad_query, b, h, i0, rows, p_.D, s_.depth, [&](T* to, int64_t ld) {
-            gemm<V, false, false>(rows, s_.depth / V::W, p_.Lk, ds, s_.keys, key_.data, key_.ld, to, ld);
+            gemm<V, false, false>(rows, p_.D, p_.Lk, ds, s_.keys, key_.data, key_.ld, to, ld);
           });
         }
         if (p_.grad_key.data != nullptr)
-          add_product(i0 == 0, p_.Lk, s_.depth / V::W, rows, ds, s_.keys,
+          add_product(i0 == 0, p_.Lk, p_.D, rows, ds, s_.keys,
                       stage(p_.query, b, h, i0, rows, p_.D, query_buffer_), key_sums(b, h, n));
       }
     }
@@ -445,7 +444,7 @@ class ScoreMask {
       const T *x = activation(l), *dy = slopes_[(p_.layers - 1 - l) % 2];
       if (sums != nullptr) {
         T* dw = sums + layer.sums;
-        gemm<V, true, true>(layer.in, layer.ld / V::W, rows, x, layer.in_ld, dy, layer.ld, dw, layer.ld);
+        gemm<V, true, true>(layer.in, layer.ld, rows, x, layer.in_ld, dy, layer.ld, dw, layer.ld);
         T* db = dw + layer.in * layer.ld;
         for (int64_t c = 0; c < layer.ld; c += V::W) {
           typename V::reg total = V::load(db + c);

@@ -46,6 +46,17 @@ inline typename V::mask lanes_inside(int64_t n) {
   return V::from_bits(n >= V::W ? (uint32_t{1} << V::W) - 1 : (uint32_t{1} << n) - 1);
 }
 
+// x[0, n) *= factor
+template <class V>
+inline void scale_row(typename V::T* x, int64_t n, typename V::T factor) {
+  const typename V::reg f = V::set1(factor);
+  int64_t c = 0;
+  for (; c + V::W <= n; c += V::W) V::store(x + c, V::mul(f, V::load(x + c)));
+  if (c == n) return;
+  const auto inside = lanes_inside<V>(n - c);
+  V::store(x + c, V::mul(f, V::load(x + c, inside)), inside);
+}
+
 // Calls step(column, inside, visible, masked) for the words of a row; masked is a compile-time false where every lane
 // counts, which is most of the time.
 template <class V, bool AlwaysMasked, class T, class Step>
@@ -81,7 +92,7 @@ struct RowState {
 // scores -> e^(score - max); `state` and the rows of `out` are brought to the new maximum.
 template <class V, bool kMultiplier, BiasKind kBias>
 void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, bool first, typename V::T* out,
-                  int64_t out_ld, int64_t out_words) {
+                  int64_t out_ld, int64_t out_cols) {
   using T = typename V::T;
   using reg = typename V::reg;
   // a bias of -inf must hide a multiplier of NaN, a gate of 0 a score beyond the maximum
@@ -137,9 +148,7 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
     V::store(decay, V::exp2(V::mul(V::set1(old_max - pivot), log2e)));
     state[r] = {new_max, state[r].sum * decay[0] + sum};
     if (decay[0] != T(1)) {
-      const reg d = V::set1(decay[0]);
-      for (int64_t w = 0; w < out_words; ++w)
-        V::store(out + r * out_ld + w * V::W, V::mul(d, V::load(out + r * out_ld + w * V::W)));
+      scale_row<V>(out + r * out_ld, out_cols, decay[0]);
     }
   }
 }
@@ -206,16 +215,16 @@ void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* sh
 
 template <class V>
 void softmax_tile(const Tile<typename V::T>& t, bool gate, RowState<typename V::T>* state, bool first,
-                  typename V::T* out, int64_t ld, int64_t words) {
+                  typename V::T* out, int64_t ld, int64_t cols) {
   const BiasKind kind = !t.bias ? BiasKind::none : gate ? BiasKind::gate : BiasKind::add;
   if (t.multiplier) {
-    if (kind == BiasKind::none) softmax_rows<V, true, BiasKind::none>(t, state, first, out, ld, words);
-    else if (kind == BiasKind::add) softmax_rows<V, true, BiasKind::add>(t, state, first, out, ld, words);
-    else softmax_rows<V, true, BiasKind::gate>(t, state, first, out, ld, words);
+    if (kind == BiasKind::none) softmax_rows<V, true, BiasKind::none>(t, state, first, out, ld, cols);
+    else if (kind == BiasKind::add) softmax_rows<V, true, BiasKind::add>(t, state, first, out, ld, cols);
+    else softmax_rows<V, true, BiasKind::gate>(t, state, first, out, ld, cols);
   } else {
-    if (kind == BiasKind::none) softmax_rows<V, false, BiasKind::none>(t, state, first, out, ld, words);
-    else if (kind == BiasKind::add) softmax_rows<V, false, BiasKind::add>(t, state, first, out, ld, words);
-    else softmax_rows<V, false, BiasKind::gate>(t, state, first, out, ld, words);
+    if (kind == BiasKind::none) softmax_rows<V, false, BiasKind::none>(t, state, first, out, ld, cols);
+    else if (kind == BiasKind::add) softmax_rows<V, false, BiasKind::add>(t, state, first, out, ld, cols);
+    else softmax_rows<V, false, BiasKind::gate>(t, state, first, out, ld, cols);
   }
 }
 
