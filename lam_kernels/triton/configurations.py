@@ -345,7 +345,7 @@ def score_programs(units: int, tiles: int, most: int, device: torch.device) -> t
 
 
 def chunk(width: int) -> int:
-    """How much of the head dim the tiles pass multiplies at a time."""
+    """How much of the head dim product_of_rows and product_of_tiles multiply at a time."""
     return 64 if width == 4 else 128
 
 

@@ -392,7 +392,10 @@ def _launch_columns(
     # heads that share keys have tiles of one spacing only when they have one pattern
     stepped = call.shape.STEPPED and (call.group == 1 or call.shape.CODE >= 0)
     tiles = call.tiles(call.Lk, chosen.block_n, None if stepped else 1)
-    settings = call.settings(chosen) | {"STEPPED": stepped}
+    settings = call.settings(chosen) | {
+        "STEPPED": stepped,
+        "CHUNK_D": configurations.chunk(call.query.element_size()),
+    }
     launch(
         columns_kernel, call.B * (call.H // call.group) * tiles,
         call.o, g, grad_key, grad_value, targets, call.scale, *call.dropout, call.B, call.H,

@@ -27,6 +27,7 @@ from .tiles import (
     learned_tile,
     load_rows,
     product_of_rows,
+    product_of_tiles,
     program_mask_tile,
     program_tile,
     row_statistics,
@@ -172,7 +173,7 @@ def columns_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     N_TERMS: tl.constexpr, CODE: tl.constexpr, STEPPED: tl.constexpr, GATE: tl.constexpr,
     DROPOUT: tl.constexpr, HIDES: tl.constexpr, EVEN: tl.constexpr, ORDER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK_D: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key head, tiles transposed so that P and dS need no
     transposition on their way into the products; sums along columns, one vector a query head, and
@@ -193,8 +194,10 @@ def columns_kernel(
         or grads.multiplier_fold is not None
         or grads.bias_fold is not None
     )
-    k = load_rows(base_of(o.key, batch, key_head), o.key.row, column, Lk, D, BLOCK_D, EVEN)
-    v = load_rows(base_of(o.value, batch, key_head), o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
+    keys = base_of(o.key, batch, key_head)
+    values = base_of(o.value, batch, key_head)
+    k = load_rows(keys, o.key.row, column, Lk, D, BLOCK_D, EVEN)
+    v = load_rows(values, o.value.row, column, Lk, DV, BLOCK_DV, EVEN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group):
@@ -216,10 +219,17 @@ def columns_kernel(
             q = load_rows(queries, o.query.row, row, Lq, D, BLOCK_D, EVEN)
             do = load_rows(grad_outs, g.grad_out.row, row, Lq, DV, BLOCK_DV, EVEN)
             lse, delta = row_statistics(g.lse, g.delta, pair, row, Lq)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            s = product_of_tiles(
+                k, q, keys, o.key.row, column, Lk, queries, o.query.row, row, Lq,
+                D, BLOCK_D, CHUNK_D, EVEN, PRECISION,
+            )  # fmt: skip
+            s = s * scale
             dp = s
             if SLOPES:
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                dp = product_of_tiles(
+                    v, do, values, o.value.row, column, Lk, grad_outs, g.grad_out.row, row, Lq,
+                    DV, BLOCK_DV, CHUNK_D, EVEN, PRECISION,
+                )  # fmt: skip
             if DROPOUT:
                 kept = kept_pairs(
                     row[:, None], first, column[None, :], pair, seed, offset, threshold, BLOCK_N,

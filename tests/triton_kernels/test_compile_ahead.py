@@ -28,7 +28,6 @@ TENSOR_MEMORY_COLUMNS = 512
 # Spilled registers of a thread, by bytes an element. A few words around a loop cost nothing; what a
 # loop reloads does. float32 keeps three tf32 parts of its operands, which wide heads pay for.
 STACK_BUDGET_BYTES = {2: 64, 4: 256}
-LOW_RANK_STACK_BUDGET_BYTES = {2: 64, 4: 320}  # and a tile of the factors' gradient
 
 
 def compile_ahead(version: str, *arguments: str) -> list[dict]:
@@ -72,8 +71,7 @@ def faults(record: dict) -> list[str]:
         found.append(f"{record['shared']} bytes of shared memory, at most {limit}")
     if record["tensor_memory"] > TENSOR_MEMORY_COLUMNS:
         found.append(f"{record['tensor_memory']} columns of tensor memory")
-    budgets = LOW_RANK_STACK_BUDGET_BYTES if record["rank"] else STACK_BUDGET_BYTES
-    budget = budgets[record["width"]]
+    budget = STACK_BUDGET_BYTES[record["width"]]
     if record["stack"] > budget:
         found.append(f"{record['stack']} bytes of stack, at most {budget}")
     meant = meant_instruction(record)
