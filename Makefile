@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: build emulation demo demo-scenes test test-full gpu-check lint fmt bench bench-targets clean
+.PHONY: build emulation demo demo-scenes test test-full machine-code gpu-check lint fmt bench bench-targets clean
 
 # $(call timed,what,command): says what runs, and how many seconds it took.
 define timed
@@ -68,6 +68,10 @@ test: build emulation build/triton-3.6/triton
 
 test-full: build emulation build/triton-3.6/triton
 	$(call timed,all tests,$(BIN)/python -m pytest -n auto --dist worksteal --full)
+
+# Every CUDA kernel compiled for sm_80, sm_90 and sm_100, and its machine code looked at: needs nvcc, no GPU.
+machine-code: build
+	$(call timed,machine code,$(BIN)/python -m pytest --full tests/cuda/test_machine_code.py)
 
 # A machine that cannot get it runs the other tests: the ones that need it say what is missing.
 build/triton-3.6/triton: | $(VENV)/installed

@@ -186,4 +186,18 @@ STAGES = (
         required=False,
         tool="compute-sanitizer",
     ),
+    *(
+        Stage(
+            f"{tool}-cuda",
+            f"compute-sanitizer {tool} on every case by backend cuda, bfloat16",
+            [
+                "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
+                PYTHON, "tests/cuda/run_on_gpu.py", "bfloat16",
+            ],
+            9.5,
+            required=False,
+            tool="compute-sanitizer",
+        )
+        for tool in ("memcheck", "racecheck")
+    ),
 )  # fmt: skip

@@ -1,5 +1,8 @@
 """What nvcc makes of the kernels, looked at without a GPU: registers, spills, shared memory, matrix
 instructions and 16-byte accesses; and that the GPU library links and loads in a torch without CUDA.
+
+Every kernel for every architecture takes nvcc three minutes on two cores: `make machine-code`,
+which continuous integration runs beside `make test`.
 """
 
 from __future__ import annotations
@@ -29,9 +32,6 @@ KERNELS = {
 }
 WIDTHS = (64, 128)
 ALL = tuple(itertools.product(KERNELS, DTYPES))
-# A file takes nvcc half a minute for each architecture: an ordinary run looks at two ops, at both
-# kinds of products and at one architecture.
-ORDINARY = (("masked_attention", "bf16"), ("global_local_attention", "f32"))
 # two blocks of 4 warps share a processor's 64 Ki registers
 MOST_REGISTERS = 255
 
@@ -48,30 +48,27 @@ def cuobjdump() -> str | None:
 
 
 class Compiled(NamedTuple):
-    archs: tuple[str, ...]
     objects: dict[tuple[str, str], Path]  # (op, dtype) -> file
-    library: Path  # only with --full
+    library: Path
 
 
 @pytest.fixture(scope="module")
-def compiled(request) -> Compiled:
+def compiled() -> Compiled:
     """The files of `_cuda` as setup.py compiles them on a machine with a GPU."""
-    setup, full = setup_py(), request.config.getoption("full")
+    setup = setup_py()
     if setup["cuda_home"]() is None:
         pytest.skip("nvcc was not found: kernels are not compiled for a GPU here")
-    archs = ARCHS if full else ("90",)
-    out = ROOT / "build" / "cuda" / "-".join(("machine-code", *archs))
+    out = ROOT / "build" / "cuda" / "machine-code"
     text = setup["NinjaFile"](out.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(f"{arch[:-1]}.{arch[-1]}" for arch in archs))
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(f"{arch[:-1]}.{arch[-1]}" for arch in ARCHS))
         library = ROOT / text.cuda(setup["gencode"]())
     folder = library.parent / "_cuda" / "gpu"
-    objects = {(op, dtype): folder / f"{op}_{dtype}.o" for op, dtype in (ALL if full else ORDINARY)}
-    wanted = [library] if full else objects.values()
-    built = ninja(out, text.text(), *(str(path.relative_to(ROOT)) for path in wanted))
+    objects = {(op, dtype): folder / f"{op}_{dtype}.o" for op, dtype in ALL}
+    built = ninja(out, text.text(), str(library.relative_to(ROOT)))
     assert built.returncode == 0, built.stdout[-6000:]
     assert "warning" not in built.stdout, built.stdout[-6000:]  # of a spill, for example
-    return Compiled(archs, objects, library)
+    return Compiled(objects, library)
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +124,11 @@ def test_a_spill_stops_the_build(tmp_path):
     assert done.returncode != 0
 
 
+@pytest.mark.full
 def test_every_kernel_is_there(compiled, resources):
     wanted = {
         (arch, dtype, kernel, width)
-        for arch in compiled.archs
+        for arch in ARCHS
         for op, dtype in compiled.objects
         for kernel in KERNELS[op]
         for width in WIDTHS
@@ -138,6 +136,7 @@ def test_every_kernel_is_there(compiled, resources):
     assert set(resources) == wanted
 
 
+@pytest.mark.full
 def test_registers_and_spills(resources):
     for what, usage in resources.items():
         assert usage["REG"] <= MOST_REGISTERS, (what, usage)
@@ -166,10 +165,8 @@ def functions(op: str, listing: str) -> dict[tuple[str, int], str]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype"),
-    [pytest.param(*one, marks=() if one in ORDINARY else pytest.mark.full) for one in ALL],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("op", "dtype"), ALL)
 def test_instructions(listings, op, dtype):
     for what, body in functions(op, listings[op, dtype]).items():
         matrix = {"bf16": r"HMMA\.16816\.F32\.BF16", "f16": r"HMMA\.16816\.F32\b", "f32": None}[
