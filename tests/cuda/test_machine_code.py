@@ -1,7 +1,7 @@
 """What nvcc makes of the kernels, looked at without a GPU: registers, spills, shared memory, matrix
 instructions and 16-byte accesses; and that the GPU library links and loads in a torch without CUDA.
 
-Every kernel for every architecture takes nvcc three minutes on two cores: `make machine-code`,
+Every kernel for every architecture takes nvcc five minutes on two cores: `make machine-code`,
 which continuous integration runs beside `make test`.
 """
 
