@@ -13,7 +13,7 @@ import lam_kernels
 from lam_kernels.low_rank_mask import LowRankMask
 from lam_kernels.patterns import Causal, DilatedToeplitz, Intersection, Pattern, Toeplitz
 
-from .learned_mask import MaskSource, check_positions, check_right_padded
+from .learned_mask import MaskSource, check_last_key, check_positions, check_right_padded
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def attend(
     """softmax(fuse(scale Q K^T, M) + bias, hidden pairs left out) V with the module's settings."""
     settings = settings_of(module)
     multiplier, bias, gate = fused_operands(module, query, key, tokens, bias, padding)
+    if settings.pattern is not None and query.shape[2] != key.shape[2] and padding is not None:
+        check_last_key(padding)
     options = {
         "pattern": visible_pairs(settings.pattern, pattern, causal, query.shape[2], key.shape[2]),
         "attn_mask": attn_mask,
@@ -134,6 +136,8 @@ def _from_the_end(pattern: Pattern) -> Pattern:
 
 def refusal(module: nn.Module, head_dim: int, backend: str | None) -> str:
     """Why no kernel can serve this module's attention whatever the batch, "" when one can."""
+    if head_dim == 0:
+        return "its head dim was not found in it"
     if not 1 <= head_dim <= 256:
         return f"its head dim is {head_dim}, the kernels serve 1 to 256"
     parameter = next(module.parameters(), None)

@@ -24,7 +24,8 @@ class LearnedMask:
     Args:
         max_len: longest sequence, in tokens as the attention modules see them.
         scope: "layer" (each module reads its own input, the paper's main results) or "global" (the
-            first module's generator serves all of them; not with gradient checkpointing).
+            first module's generator serves all of one stack of layers; not with gradient
+            checkpointing).
         fusion, depth, hidden, activation, mask_form: see lam_kernels.nn.LearnableAttentionMask.
         heads: "shared" (one mask for all heads, as in the paper) or "each".
     """
@@ -122,14 +123,28 @@ def check_positions(length_query: int, length_key: int) -> None:
         )
 
 
+def check_last_key(padding: Tensor) -> None:
+    """padding as in check_right_padded: the last query is that of the last key."""
+    if padding.dim() == 2:
+        return
+    _assert_visible(
+        padding[..., -1, -1],
+        "a pattern counts from the last key where keys come from a cache, but the last query does "
+        "not see it: a static cache has places that are not used yet. Use a dynamic one",
+    )
+
+
 def check_right_padded(padding: Tensor) -> None:
     """padding: [B, Lk] or [B, 1|H, 1|Lq, Lk], bool (True = visible) or added to the scores."""
-    first = padding[:, 0] if padding.dim() == 2 else padding[..., 0, 0]
-    visible = first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
-    sentence = (
+    _assert_visible(
+        padding[:, 0] if padding.dim() == 2 else padding[..., 0, 0],
         "a learned mask has one column for each key position, but the first position is hidden: "
-        "left padding moves every token to another column. Pad on the right"
+        "left padding moves every token to another column. Pad on the right",
     )
+
+
+def _assert_visible(pairs: Tensor, sentence: str) -> None:
+    visible = pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min / 2
     if torch.compiler.is_compiling() or visible.device.type != "cpu":
         torch._assert_async(visible.all(), sentence)
     elif not bool(visible.all()):

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 import lam_kernels
 from lam_kernels.patterns import Causal
 
+from .swapping import check_backend
+
 
 class serve_sdpa(TorchFunctionMode):
     """Within the block, F.scaled_dot_product_attention runs on our kernels, in this thread.
@@ -24,6 +26,10 @@ class serve_sdpa(TorchFunctionMode):
     gradient of a float mask is fused too, and dropout draws other random numbers. A call that our
     kernels cannot serve runs as before and is counted with its reason.
 
+    Not for activation checkpointing: the backward pass computes the calls again outside of the
+    block, on PyTorch's own kernels (torch raises where it compares what was saved). swap() serves
+    models that use it.
+
     Attributes:
         calls: how many calls were served.
         left: reason -> how many calls were left to PyTorch.
@@ -31,6 +37,7 @@ class serve_sdpa(TorchFunctionMode):
 
     def __init__(self, backend: str | None = None):
         super().__init__()
+        check_backend(backend)
         self.backend = backend
         self.calls = 0
         self.left: Counter[str] = Counter()

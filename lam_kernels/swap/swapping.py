@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -74,6 +75,7 @@ def swap(
     swapped: dict[str, nn.Module] = {}
     shared = SharedMask() if learned_mask is not None and learned_mask.scope == "global" else None
     makers: list[tuple[int, int]] = []  # (width, heads) of the global mask
+    stacks: list[str] = []
     for name, module in model.named_modules():
         family = family_of(module)
         if family is None:
@@ -95,6 +97,13 @@ def swap(
                     f"{makers[0][0]} and {makers[0][1]}"
                 )
                 continue
+            if shared is not None and stacks and stacks[0] != _stack(name):
+                skipped[name] = (
+                    f"scope='global': it is one of {_stack(name)}, the mask belongs to "
+                    f"{stacks[0]}: use scope='layer'"
+                )
+                continue
+            stacks.append(_stack(name))
             source = MaskSource(wanted.fusion, makes=shared is None or not makers, shared=shared)
             makers.append((width, heads))
             if source.makes:
@@ -128,6 +137,17 @@ def swap(
     return report
 
 
+def check_backend(backend) -> None:
+    known = backends()
+    if backend is not None and (not isinstance(backend, str) or backend not in known):
+        raise ValueError(f"backend must be one of {', '.join(known)} or None, got {backend!r}")
+
+
+def _stack(name: str) -> str:
+    """The layers that a module is one of: a mask of other tokens has nothing to say to it."""
+    return re.sub(r"\d+", "*", name)
+
+
 def _check_arguments(model, learned_mask, patterns, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -140,18 +160,26 @@ def _check_arguments(model, learned_mask, patterns, backend) -> None:
             f"model is a {type(model).__name__}, which has collected its parameters already: "
             "swap a learned mask in first, then wrap"
         )
-    known = backends()
-    if backend is not None and backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(known)} or None, got {backend!r}")
+    check_backend(backend)
     if isinstance(patterns, Mapping):
         names = [name for name, module in model.named_modules() if family_of(module)]
         for name in patterns:
             if not any(fnmatchcase(other, name) for other in names):
                 raise ValueError(f"patterns: no attention module is called {name!r}")
-    elif not isinstance(patterns, Pattern | Sequence | None) or isinstance(patterns, str):
+            _check_pattern(patterns[name], f"patterns[{name!r}]", "")
+    else:
+        _check_pattern(patterns, "patterns", ", or a mapping from module names to these")
+
+
+def _check_pattern(value, name: str, more: str) -> None:
+    several = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    of_heads = several and all(isinstance(one, Pattern | None) for one in value)
+    if not isinstance(value, Pattern | None) and not of_heads:
+        kinds = ", ".join(type(one).__name__ for one in value) if several else None
+        got = type(value).__name__ + (f" of {kinds}" if kinds else "")
         raise TypeError(
-            "patterns must be a pattern, a sequence of one pattern (or None) a head, or a mapping "
-            f"from module names to these; got {type(patterns).__name__}"
+            f"{name} must be a pattern, or a sequence of one pattern (or None) a head{more}; "
+            f"got {got}"
         )
 
 

@@ -28,7 +28,11 @@ _SOFTCAPS = ("attn_logit_softcapping", "softcap", "logits_soft_cap")
 _OTHER_FORMULAS = {
     "softcap": "caps the scores",
     "s_aux": "adds a sink to the softmax",
+    "sinks": "adds a sink to the softmax",
     "cache": "reads keys from a paged cache",
+    "indices": "attends to keys that it picks by index",
+    "topk_indices": "attends to keys that it picks by index",
+    "block_indices": "attends to blocks of keys that it picks by index",
 }
 
 
@@ -128,9 +132,23 @@ def refusal(module: nn.Module) -> str:
         for name in _SOFTCAPS:
             if getattr(place, name, None) is not None:
                 return f"it caps its scores ({name})"
-    if getattr(module, "sinks", None) is not None:
-        return "its softmax has a sink (sinks)"
+    for name in ("sinks", "sink_proj"):
+        if getattr(module, name, None) is not None:
+            return f"its softmax has a sink ({name})"
+    if getattr(module, "indexer", None) is not None:
+        return "it picks its keys by an index of its own (indexer)"
+    if _masks_by_name(module):
+        return "it makes other masks for other attention functions than transformers' own"
     return ""
+
+
+def _masks_by_name(module: nn.Module) -> bool:
+    """Does the module's own forward ask whether its function is one of transformers' own? With our
+    name it would then leave out what it does for those."""
+    constants = inspect.unwrap(type(module).forward).__code__.co_consts
+    return any(
+        isinstance(one, tuple | frozenset) and {"eager", "sdpa"} <= {*one} for one in constants
+    )
 
 
 def heads(module: nn.Module) -> int:
@@ -146,10 +164,16 @@ def head_dim(module: nn.Module) -> int:
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
     count = heads(module)
-    return in_features(module) // count if count else 0
+    return _query_width(module) // count if count else 0
 
 
 def in_features(module: nn.Module) -> int:
+    """0 where its tokens do not come as hidden_states, which is what catch_tokens takes."""
+    known = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    return _query_width(module) if "hidden_states" in known else 0
+
+
+def _query_width(module: nn.Module) -> int:
     for name in _QUERY_PROJECTIONS:
         width = getattr(getattr(module, name, None), "in_features", None)
         if width is not None:

@@ -98,6 +98,30 @@ def test_global_needs_one_width():
     assert all("it has width 32 and 4 heads" in why for why in report.skipped.values())
 
 
+def test_global_is_of_one_stack():
+    """A mask of the encoder's tokens has nothing to say to the decoder's."""
+    model = nn.Transformer(16, 4, 2, 2, 24, 0.0, batch_first=True)
+    report = swap(model, learned_mask=LearnedMask(8, scope="global"))
+    stayed = {f"decoder.layers.{n}.self_attn" for n in (0, 1)}
+    assert set(report.skipped) == stayed
+    assert all("the mask belongs to encoder.layers.*" in why for why in report.skipped.values())
+
+
+def test_tokens_that_are_not_hidden_states():
+    """A learned mask reads the hidden states: a module that has none of that name stays."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers import SamMaskDecoderConfig
+    from transformers.models.sam.modeling_sam import SamTwoWayAttentionBlock
+
+    config = SamMaskDecoderConfig(
+        hidden_size=32, num_attention_heads=4, mlp_dim=16, num_hidden_layers=1
+    )
+    config._attn_implementation = "sdpa"
+    with pytest.warns(UserWarning, match="nothing to swap"):
+        report = swap(SamTwoWayAttentionBlock(config), learned_mask=LearnedMask(16))
+    assert all("the width of its tokens" in why for why in report.skipped.values())
+
+
 def test_global_and_checkpointing_are_refused_together():
     pytest.importorskip("transformers", reason="transformers is not installed")
     model, inputs = build("bert"), batch("bert")
@@ -219,6 +243,11 @@ def test_a_pattern_counts_from_the_end_in_a_cache():
         pytest.raises(ValueError, match="BlockDiagonal counts from the first position"),
     ):
         model.generate(input_ids=ids, **options)
+    with (
+        swap(model, patterns=Toeplitz(2)),
+        pytest.raises(ValueError, match="a static cache has places that are not used yet"),
+    ):
+        model.generate(input_ids=ids, **options, cache_implementation="static")
 
 
 def test_too_long_a_sequence_is_refused():

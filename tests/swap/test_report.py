@@ -257,7 +257,10 @@ def test_a_backend_that_cannot_serve_is_the_reason():
         ({"patterns": "Causal"}, "patterns must be"),
         ({"patterns": {"nothing.*": Toeplitz(1)}}, "no attention module is called 'nothing"),
         ({"patterns": {"encoder.layers.0": Toeplitz(1)}}, "no attention module is called 'enc"),
+        ({"patterns": [Toeplitz(1), "x"]}, "patterns must be .* got list of Toeplitz, str"),
+        ({"patterns": {"encoder.*": 5}}, r"patterns\['encoder.\*'\] must be .* got int"),
         ({"backend": "fast"}, "backend must be one of cpu"),
+        ({"backend": ["cpu"]}, "backend must be one of cpu"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

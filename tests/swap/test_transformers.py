@@ -12,6 +12,7 @@ from lam_kernels.swap.attend import settings_of
 
 pytest.importorskip("transformers", reason="transformers is not installed: its models not tested")
 transformers = pytest.importorskip("transformers")
+llama = pytest.importorskip("transformers.models.llama.modeling_llama")
 
 by_name = pytest.mark.parametrize("name", TINY)
 
@@ -266,10 +267,22 @@ def test_timesformer_is_named_with_its_reason():
 # ---- what stays
 
 
+class MasksByName(llama.LlamaAttention):
+    """As sparse attention does it: what the two functions cannot do goes into their mask."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, **keywords):
+        if self.config._attn_implementation in ("eager", "sdpa"):
+            attention_mask = attention_mask[..., :1]
+        return llama.ALL_ATTENTION_FUNCTIONS, attention_mask
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda m: setattr(m, "sinks", torch.zeros(4)), "sink"),
+        (lambda m: setattr(m, "sink_proj", torch.nn.Linear(4, 4)), "sink"),
+        (lambda m: setattr(m, "indexer", torch.nn.Linear(4, 4)), "picks its keys by an index"),
+        (lambda m: setattr(m, "__class__", MasksByName), "makes other masks"),
         (lambda m: setattr(m, "attn_logit_softcapping", 30.0), "caps its scores"),
         (lambda m: setattr(m, "head_dim", 512), "head dim is 512"),
         (lambda m: m.half().to(torch.int8), "torch.int8"),
@@ -295,7 +308,7 @@ def test_another_attention_implementation_stays():
     assert 'call model.set_attn_implementation("sdpa")' in str(report)
 
 
-@pytest.mark.parametrize("keyword", ["softcap", "s_aux", "cache"])
+@pytest.mark.parametrize("keyword", ["softcap", "s_aux", "cache", "sinks", "block_indices"])
 def test_another_formula_is_refused_when_it_comes(keyword):
     register_transformers()
     function = transformers.AttentionInterface()["lam_kernels"]
