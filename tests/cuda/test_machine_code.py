@@ -32,6 +32,7 @@ KERNELS = {
 }
 WIDTHS = (64, 128)
 ALL = tuple(itertools.product(KERNELS, DTYPES))
+ATOMICS = r"\b(ATOM|RED)[GS]?\b"
 # two blocks of 4 warps share a processor's 64 Ki registers
 MOST_REGISTERS = 255
 
@@ -72,7 +73,14 @@ def compiled() -> Compiled:
 
 
 @pytest.fixture(scope="module")
-def tool(compiled) -> str:
+def tool(compiled, tool_alone) -> str:
+    return tool_alone
+
+
+@pytest.fixture(scope="module")
+def tool_alone() -> str:
+    if setup_py()["cuda_home"]() is None:
+        pytest.skip("nvcc was not found")
     found = cuobjdump()
     if found is None:
         pytest.skip("cuobjdump was not found: neither beside nvcc nor in triton's wheel")
@@ -145,14 +153,36 @@ def test_registers_and_spills(resources):
 
 
 @pytest.fixture(scope="module")
-def listings(compiled, tool) -> dict[tuple[str, str], str]:
-    """(op, dtype) -> the machine code of its kernels for sm_90."""
-    found = {}
-    for (op, dtype), path in compiled.objects.items():
-        command = [tool, "-sass", "-arch", "sm_90", path]
+def listing(compiled, tool):
+    """(op, dtype, arch) -> the machine code of its kernels."""
+
+    def listed(op: str, dtype: str, arch: str) -> str:
+        command = [tool, "-sass", "-arch", f"sm_{arch}", compiled.objects[op, dtype]]
         done = subprocess.run(command, capture_output=True, text=True)
-        found[op, dtype] = done.stdout
-    return found
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return listed
+
+
+ADDING = """
+__global__ void adds(float* to, float* old) {
+  __shared__ float sum;
+  atomicAdd(&sum, 1.f);
+  atomicAdd(to, sum);
+  old[threadIdx.x] = atomicAdd(to + 1, 2.f);
+}
+"""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_atomics_are_found(tool_alone, tmp_path, arch):
+    (tmp_path / "adds.cu").write_text(ADDING)
+    nvcc = setup_py()["cuda_home"]() / "bin" / "nvcc"
+    subprocess.run([nvcc, f"-arch=sm_{arch}", "-cubin", "adds.cu"], cwd=tmp_path, check=True)
+    command = [tool_alone, "-sass", "adds.cubin"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert len(re.findall(ATOMICS, done.stdout)) >= 3, done.stdout
 
 
 def functions(op: str, listing: str) -> dict[tuple[str, int], str]:
@@ -166,9 +196,12 @@ def functions(op: str, listing: str) -> dict[tuple[str, int], str]:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(("op", "dtype"), ALL)
-def test_instructions(listings, op, dtype):
-    for what, body in functions(op, listings[op, dtype]).items():
+def test_instructions(listing, op, dtype, arch):
+    found = functions(op, listing(op, dtype, arch))
+    assert set(found) == set(itertools.product(KERNELS[op], WIDTHS))
+    for what, body in found.items():
         matrix = {"bf16": r"HMMA\.16816\.F32\.BF16", "f16": r"HMMA\.16816\.F32\b", "f32": None}[
             dtype
         ]
@@ -184,7 +217,7 @@ def test_instructions(listings, op, dtype):
             assert len(re.findall(r"\bFFMA\b", body)) > 200, what
             assert re.search(r"LDS\.128", body), what
         assert not re.search(r"\b(LDL|STL)\b", body), f"{what} uses local memory"
-        assert not re.search(r"\b(ATOM|RED)\b", body), f"{what} has atomics"
+        assert not re.search(ATOMICS, body), f"{what} has atomics"
 
 
 @pytest.mark.full

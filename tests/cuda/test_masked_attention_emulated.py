@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import check, evaluate
 
+from lam_kernels import masked_attention
 from python_ref.inputs import Problem
 
 pytestmark = pytest.mark.backend("cuda")
@@ -38,6 +39,24 @@ def test_slices_of_every_size(emulation, dtype, processors):
     for axes in (("b1qk", "1hqk"), ("11qk", "11qk"), ("1h1k", "b1q1"), ("1h11", "1111")):
         problem = Problem(B=3, H=4, Lq=70, D=16, multiplier=axes[0], bias=axes[1], dtype=dtype)
         check(problem, "cuda")
+
+
+def test_masks_whose_rows_overlap(emulation):
+    """Windows into one table: the tiles of two samples may begin at one address."""
+    emulation.device(1)
+    B, L, S, hop = 6, 100, 40, 64
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(hop * B + L, S, generator=generator)
+    windows = table.unfold(0, L, hop)[:B].transpose(1, 2)[:, None]
+    query, key, value = (torch.randn(B, 1, n, 16, generator=generator) for n in (L, S, S))
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    for name in ("multiplier", "bias"):
+        results = []
+        for mask in (windows, windows.contiguous()):
+            out = masked_attention(*leaves, **{name: mask}, backend="cuda")
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for mine, expected in zip(*results, strict=True):
+            assert torch.equal(mine, expected), name
 
 
 @pytest.mark.parametrize("processors", [1, 200])

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.backend("triton")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-OLDEST = ROOT / "build" / "triton-3.6"  # made by `make test`
 ARCHS = (80, 90, 100)
 TENSOR_MEMORY_COLUMNS = 512
 # Spilled registers of a thread, by bytes an element. A few words around a loop cost nothing; what a
@@ -32,9 +31,10 @@ STACK_BUDGET_BYTES = {2: 64, 4: 256}
 
 def compile_ahead(version: str, *arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(OLDEST)] if version == "3.6" else []
-    if paths and not (OLDEST / "triton").is_dir():
-        pytest.skip("Triton 3.6 is not there: `make build/triton-3.6/triton` installs it")
+    folder = Path("build", f"triton-{version}")
+    paths = [str(ROOT / folder)] if version else []
+    if version and not (ROOT / folder / "triton").is_dir():
+        pytest.skip(f"Triton {version} is not there: `make {folder}/triton` installs it")
     environment["PYTHONPATH"] = os.pathsep.join([*paths, str(ROOT)])
     environment.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton-cache"))
     done = subprocess.run(
@@ -136,7 +136,12 @@ def test_more_masks_than_the_table_is_made_for(arch):
 
 
 @pytest.mark.parametrize(
-    "version", ["3.6", pytest.param("", id="installed", marks=pytest.mark.full)]
+    "version",
+    [
+        "3.6",
+        pytest.param("", id="installed", marks=pytest.mark.full),
+        pytest.param("3.9", marks=pytest.mark.full),
+    ],
 )
 def test_every_kind_of_operand(version):
     """What the language of either version takes: masks of every shape, patterns, low rank."""
