@@ -26,9 +26,9 @@ class serve_sdpa(TorchFunctionMode):
     gradient of a float mask is fused too, and dropout draws other random numbers. A call that our
     kernels cannot serve runs as before and is counted with its reason.
 
-    Not for activation checkpointing: the backward pass computes the calls again outside of the
-    block, on PyTorch's own kernels (torch raises where it compares what was saved). swap() serves
-    models that use it.
+    Activation checkpointing computes the calls again in the backward pass: call .backward() inside
+    the block too. Outside of it, or by torch.autograd.grad, they would run on PyTorch's own kernels
+    (torch raises where it compares what was saved).
 
     Attributes:
         calls: how many calls were served.
@@ -43,6 +43,9 @@ class serve_sdpa(TorchFunctionMode):
         self.left: Counter[str] = Counter()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.backward:
+            with self:  # a mode is off while it handles a call
+                return _backward(*args, **(kwargs or {}))
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         why, out = self._serve(*args, **(kwargs or {}))
@@ -119,3 +122,17 @@ def _mask_axes(mask: Tensor, query: Tensor) -> Tensor | None:
     if all(axis == 1 for axis in batch):
         return mask.reshape(1, *mask.shape[-3:])
     return mask.flatten(0, -4) if batch == full else None
+
+
+def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+    """Tensor.backward without the functions of torch.autograd that a mode would take again."""
+    if gradient is None:
+        if tensor.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        gradient = torch.ones_like(tensor)
+    keep = create_graph if retain_graph is None else retain_graph
+    wanted = () if inputs is None else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    torch.autograd.Variable._execution_engine.run_backward(
+        (tensor,), (gradient,), keep, create_graph, wanted,
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip

@@ -52,7 +52,8 @@ def swap(
         learned_mask: adds a learned mask to every self-attention module, at the identity, so that
             the outputs are unchanged at step 0. Only keys under "....lam." are added.
         patterns: a pattern (or one a head) that hides pairs in every self-attention module, or a
-            mapping from module names (`*` allowed) to patterns.
+            mapping from module names (`*` allowed) to patterns; a cross-attention module gets one
+            by its whole name only.
         backend: of the op; default the first that serves the call.
         strict: raise when any attention module stays as it is, or when there is none.
 
@@ -112,14 +113,15 @@ def swap(
             notes.append(f"learned mask ({wanted.scope}, {wanted.fusion})")
         elif learned_mask is not None:
             notes.append("no learned mask: cross-attention")
-        if pattern is not None and not cross:
-            notes.append("pattern")
+        if cross and not (isinstance(patterns, Mapping) and name in patterns):  # not by its name
+            notes += ["no pattern: cross-attention"] if pattern is not None else []
+            pattern = None
         elif pattern is not None:
-            notes.append("no pattern: cross-attention")
+            notes.append("pattern")
         settings = Settings(
             number,
             old.backend if backend is None else backend,
-            old.pattern if pattern is None or cross else pattern,
+            old.pattern if pattern is None else pattern,
             source,
         )
         steps += family.changes(module, wanted is not None)

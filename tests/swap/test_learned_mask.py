@@ -267,6 +267,9 @@ def test_cross_attention_gets_none_and_says_so():
         ),
     }
     assert torch.isfinite(model(torch.randn(2, 6, 16), torch.randn(2, 4, 16))).all()
+    report.undo()
+    by_name = swap(model, patterns={"multihead_attn": Toeplitz(2)})
+    assert by_name.changed["multihead_attn"] == "masked_attention; pattern"
 
 
 @pytest.mark.filterwarnings("ignore:need_weights")

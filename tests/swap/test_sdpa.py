@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lam_kernels.swap import serve_sdpa
 
@@ -107,6 +108,30 @@ def test_a_named_backend_never_falls_back(monkeypatch):
         pytest.raises(RuntimeError, match='backend="cuda" cannot serve'),
     ):
         F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_with_activation_checkpointing(reentrant):
+    """The backward pass computes the call again: served again, where it is called in the block."""
+    leaves = operands(2, 3)
+
+    def attention(query, key, value):
+        return F.scaled_dot_product_attention(2 * query, key, value)
+
+    expected = torch.autograd.grad(attention(*leaves).square().sum(), leaves)
+    with serve_sdpa() as served:
+        out = checkpoint(attention, *leaves, use_reentrant=reentrant)
+        out.square().sum().backward()
+    # torch stops computing again where it has what was saved: within that call
+    assert served.calls == (2 if reentrant else 1)
+    assert not served.left
+    for leaf, wanted in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted)
+    with serve_sdpa():
+        attention(*leaves).square().sum().backward(inputs=leaves[0], retain_graph=True)
+        with pytest.raises(RuntimeError, match="only for scalar outputs"):
+            attention(*leaves).backward()
+        attention(*leaves).backward(torch.ones(2, 3, 5, 4, dtype=torch.float64))
 
 
 def test_under_compile(spy):

@@ -109,7 +109,7 @@ def test_every_entry(op, version, arch):
 
 
 @pytest.mark.parametrize(
-    ("version", "arch"), [("3.6", 80), pytest.param("", 90, id="installed-90")]
+    ("version", "arch"), [("3.6", 80), pytest.param("", 100, id="installed-100")]
 )
 def test_an_entry_of_every_kernel(version, arch):
     records = compile_ahead(version, "--arch", str(arch), "--op", "all", "--one-a-kernel")
