@@ -150,6 +150,8 @@ def test_registers_and_spills(resources):
         assert usage["REG"] <= MOST_REGISTERS, (what, usage)
         assert usage["STACK"] == 0, (what, usage)
         assert usage["LOCAL"] == 0, (what, usage)
+        # what a block uses is plan.cpp's; from sm_90 on 1 KiB is the system's
+        assert usage["SHARED"] <= 1024, (what, usage)
 
 
 @pytest.fixture(scope="module")
