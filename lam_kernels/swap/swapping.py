@@ -52,8 +52,8 @@ def swap(
         learned_mask: adds a learned mask to every self-attention module, at the identity, so that
             the outputs are unchanged at step 0. Only keys under "....lam." are added.
         patterns: a pattern (or one a head) that hides pairs in every self-attention module, or a
-            mapping from module names (`*` allowed) to patterns; a cross-attention module gets one
-            by its whole name only.
+            mapping from module names (`*` allowed, a whole name first) to patterns; a
+            cross-attention module gets one by its whole name only.
         backend: of the op; default the first that serves the call.
         strict: raise when any attention module stays as it is, or when there is none.
 
@@ -75,8 +75,7 @@ def swap(
     steps: list[Change] = []
     swapped: dict[str, nn.Module] = {}
     shared = SharedMask() if learned_mask is not None and learned_mask.scope == "global" else None
-    makers: list[tuple[int, int]] = []  # (width, heads) of the global mask
-    stacks: list[str] = []
+    makers: list[tuple[int, int, str]] = []  # (width, heads, stack) of the global mask
     for name, module in model.named_modules():
         family = family_of(module)
         if family is None:
@@ -92,29 +91,29 @@ def swap(
         wanted = learned_mask if not cross else None
         if wanted is not None:
             width, heads = family.in_features(module), family.heads(module)
-            if shared is not None and makers and makers[0] != (width, heads):
+            if shared is not None and makers and makers[0][:2] != (width, heads):
                 skipped[name] = (
                     f"scope='global': it has width {width} and {heads} heads, the first module "
                     f"{makers[0][0]} and {makers[0][1]}"
                 )
                 continue
-            if shared is not None and stacks and stacks[0] != _stack(name):
+            if shared is not None and makers and makers[0][2] != _stack(name):
                 skipped[name] = (
                     f"scope='global': it is one of {_stack(name)}, the mask belongs to "
-                    f"{stacks[0]}: use scope='layer'"
+                    f"{makers[0][2]}: use scope='layer'"
                 )
                 continue
-            stacks.append(_stack(name))
             source = MaskSource(wanted.fusion, makes=shared is None or not makers, shared=shared)
-            makers.append((width, heads))
+            makers.append((width, heads, _stack(name)))
             if source.makes:
                 lam = wanted.build(width, heads, next(module.parameters()))
                 steps.append(AddSubmodule(module, "lam", lam))
             notes.append(f"learned mask ({wanted.scope}, {wanted.fusion})")
         elif learned_mask is not None:
             notes.append("no learned mask: cross-attention")
-        if cross and not (isinstance(patterns, Mapping) and name in patterns):  # not by its name
-            notes += ["no pattern: cross-attention"] if pattern is not None else []
+        named = isinstance(patterns, Mapping) and name in patterns
+        if pattern is not None and cross and not named:
+            notes.append("no pattern: cross-attention")
             pattern = None
         elif pattern is not None:
             notes.append("pattern")
@@ -140,8 +139,10 @@ def swap(
 
 
 def check_backend(backend) -> None:
+    if backend is None:
+        return
     known = backends()
-    if backend is not None and (not isinstance(backend, str) or backend not in known):
+    if not isinstance(backend, str) or backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)} or None, got {backend!r}")
 
 
@@ -188,6 +189,8 @@ def _check_pattern(value, name: str, more: str) -> None:
 def _pattern_for(name: str, patterns) -> Patterns | None:
     if not isinstance(patterns, Mapping):
         return patterns
+    if name in patterns:
+        return patterns[name]
     return next((patterns[key] for key in patterns if fnmatchcase(name, key)), None)
 
 

@@ -73,12 +73,7 @@ def compiled() -> Compiled:
 
 
 @pytest.fixture(scope="module")
-def tool(compiled, tool_alone) -> str:
-    return tool_alone
-
-
-@pytest.fixture(scope="module")
-def tool_alone() -> str:
+def tool() -> str:
     if setup_py()["cuda_home"]() is None:
         pytest.skip("nvcc was not found")
     found = cuobjdump()
@@ -178,11 +173,11 @@ __global__ void adds(float* to, float* old) {
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_atomics_are_found(tool_alone, tmp_path, arch):
+def test_atomics_are_found(tool, tmp_path, arch):
     (tmp_path / "adds.cu").write_text(ADDING)
     nvcc = setup_py()["cuda_home"]() / "bin" / "nvcc"
     subprocess.run([nvcc, f"-arch=sm_{arch}", "-cubin", "adds.cu"], cwd=tmp_path, check=True)
-    command = [tool_alone, "-sass", "adds.cubin"]
+    command = [tool, "-sass", "adds.cubin"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert len(re.findall(ATOMICS, done.stdout)) >= 3, done.stdout
 

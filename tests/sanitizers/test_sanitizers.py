@@ -26,10 +26,6 @@ if platform.machine() != "x86_64":
     LEVELS = LEVELS[:1]
 
 
-# Its code is AVX-512's with shorter words: left to --full where that runs.
-SELDOM = {"avx2"} if "avx512" in _native.available_levels() else set()
-
-
 def source_of(level: str) -> str:
     return f"csrc/cpu/masked_attention_{level.removesuffix('_emulated')}.cpp"
 
@@ -43,14 +39,13 @@ def flags_of(level: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def driver(request):
+def driver():
     if not _native.stamp():
         pytest.skip("the extension is not built, so its compiler flags are not known")
     OUT.mkdir(parents=True, exist_ok=True)
     rename = " ".join(f"-Dscratch_{f}=cached_scratch_{f}" for f in ("acquire", "release", "trim"))
     base = flags_of("portable")
-    left_out = set() if request.config.getoption("full") else SELDOM
-    runnable = [x for x in LEVELS if x in _native.available_levels() and x not in left_out]
+    runnable = [level for level in LEVELS if level in _native.available_levels()]
     units = {level: (source_of(level), flags_of(level)) for level in runnable}
     for level in runnable:  # files that are compiled once for each level
         for op in ("global_local_attention", "map_gated_attention", "score_masked_attention"):
@@ -83,9 +78,7 @@ def driver(request):
     return OUT / "driver"
 
 
-@pytest.mark.parametrize(
-    "level", [pytest.param(x, marks=pytest.mark.full if x in SELDOM else ()) for x in LEVELS]
-)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.backend("cpu")
 def test_kernels_stay_inside_their_memory(driver, level, request):
     if level not in _native.available_levels():
