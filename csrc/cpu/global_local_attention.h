@@ -34,9 +34,8 @@ class LocalPieces {
   bool cut(int64_t r0, int64_t lo, const Tile<T>& tile, int64_t s, Tile<T>& piece, int64_t& piece_lo) const {
     const int64_t rows = min64(kRows, tile.rows - s);
     int64_t first = lo, last = lo + tile.cols;
-    const bool all = visibility_.narrow(r0 + s, rows, first, last);
+    const bool all = visibility_.template narrow<V>(r0 + s, rows, first, last);
     if (first >= last) return false;
-    first = first / V::W * V::W;
     piece = tile;
     piece.rows = rows;
     piece.cols = last - first;

@@ -134,10 +134,7 @@ struct RegionMasks {
   bool clip(int64_t r0, int64_t rows, int64_t& lo, int64_t& hi, Tile<T>& tile) const {
     tile.visible = nullptr;
     if (has_visibility) {
-      const bool all = visibility.narrow(r0, rows, lo, hi);
-      if (lo >= hi) return false;
-      lo = lo / V::W * V::W;
-      if (!all || lo % V::W != 0) tile.visible = visibility.row(r0);
+      if (!visibility.template narrow<V>(r0, rows, lo, hi)) tile.visible = visibility.row(r0);
       tile.visible_ld = visibility.ld();
       tile.visible_bit = lo;
     }
@@ -202,8 +199,7 @@ class Forward {
   using T = typename V::T;
 
   static int run(const MaskedAttentionParams& p) {
-    const bool shared = mask_is_shared(p);
-    const int64_t unit_heads = shared ? p.H : p.H / p.Hkv;
+    const int64_t unit_heads = heads_together(p) ? p.H : p.H / p.Hkv;
     const int64_t units = p.B * p.H / unit_heads;
     Blocking s = choose_blocking<Products>(p, false, p.Lq, p.Lk);
     int64_t parts = ceil_div(p.Lq, s.region_rows);
@@ -231,14 +227,14 @@ class Forward {
 
  private:
   // Heads that read one mask are worked on together, for its tile to be read once.
-  static bool mask_is_shared(const MaskedAttentionParams& p) {
+  static bool heads_together(const MaskedAttentionParams& p) {
     const View* const masks[] = {&p.multiplier, &p.bias};
     for (const View* v : masks)
       if (v->data != nullptr && v->stride[1] == 0 && v->stride[2] != 0 && v->stride[3] != 0) return true;
     const Factors* const factors[] = {&p.multiplier_factors, &p.bias_factors};
     for (const Factors* f : factors)
       if (f->rank > 0 && Slices(p.H, *f).per_head == 0) return true;
-    return false;
+    return suits_whole_samples(p);
   }
 
   Forward(const MaskedAttentionParams& p, const Blocking& s, int64_t unit_heads, bool one_region, Arena& arena)

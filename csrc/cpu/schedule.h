@@ -81,10 +81,18 @@ void walk_regions(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_
   }
 }
 
+// Are the heads of a sample better left to one task? Where sequences are short, which pairs may be seen takes long to find
+// beside the products, and is found once.
+inline bool suits_whole_samples(const MaskedAttentionParams& p) {
+  constexpr int64_t kShort = 128;
+  const bool enough_tasks = p.B % p.num_threads == 0 || p.B >= 4 * p.num_threads;
+  return p.Lq <= kShort && p.Lk <= kShort && enough_tasks;
+}
+
 // Which heads one task of the backward pass must own, so that no two tasks ever add to the same number.
 struct BackwardPlan {
   bool head_major = false;
-  int64_t pairs_per_unit = 1;  // pairs that share a wanted mask gradient
+  int64_t pairs_per_unit = 1;  // pairs that share a wanted mask gradient, or else a sample
   int64_t units = 1;
   int64_t groups = 1;  // row groups and column groups of a unit: in phase f, group g owns (rows g, columns g + f)
   int64_t replicas = 1;  // parts of a unit's pairs, each with a copy of the mask gradients, instead of groups
@@ -131,7 +139,8 @@ inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned
   // their gradients a thread, in place of one head at a time: only small ones stay in the cache.
   constexpr int64_t kSmallMask = int64_t{1} << 16;  // elements
   const bool in_order = link_batch && !link_heads && factored == 0 && dense <= kSmallMask && p.B >= threads;
-  plan.pairs_per_unit = link_batch && (link_heads || in_order) ? pairs : link_batch ? p.B : link_heads ? p.Hkv : 1;
+  const bool all_heads = link_heads || (!link_batch && suits_whole_samples(p));
+  plan.pairs_per_unit = link_batch && (link_heads || in_order) ? pairs : link_batch ? p.B : all_heads ? p.Hkv : 1;
   plan.head_major = link_batch && !link_heads && !in_order;
   plan.units = pairs / plan.pairs_per_unit;
   if (threads == 1 || (plan.units >= threads && (plan.units % threads == 0 || plan.units >= 4 * threads))) return plan;

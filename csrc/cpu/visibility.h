@@ -1,6 +1,7 @@
 // Which pairs of a region may be seen, as one bit a pair: pattern, attn_mask and key_mask together.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "../patterns.h"
 #include "arena.h"
@@ -17,11 +18,25 @@ struct Region {
 
 inline uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : n <= 0 ? 0 : (uint64_t{1} << n) - 1; }
 
-// Bits of 64 bools that lie `stride` bytes apart.
+// Which of eight bytes are not zero, the first byte's answer in bit 0.
+inline uint64_t nonzero_bytes(uint64_t bytes) {
+  constexpr uint64_t kLow7 = 0x7f7f7f7f7f7f7f7f, kGather = 0x0102040810204080;  // of bit 8k to bit 56 + k
+  return (((((bytes & kLow7) + kLow7) | bytes) & ~kLow7) >> 7) * kGather >> 56;
+}
+
+// Bits of at most 64 bools that lie `stride` bytes apart.
 inline uint64_t bits_of_bytes(const uint8_t* p, int64_t stride, int64_t n) {
   if (stride == 0) return n > 0 && *p ? low_bits(n) : 0;
   uint64_t bits = 0;
-  for (int64_t k = 0; k < n; ++k) bits |= uint64_t{p[k * stride] != 0} << k;
+  int64_t k = 0;
+  if (stride == 1) {
+    for (; k + 8 <= n; k += 8) {
+      uint64_t bytes;
+      memcpy(&bytes, p + k, 8);
+      bits |= nonzero_bytes(bytes) << k;
+    }
+  }
+  for (; k < n; ++k) bits |= uint64_t{p[k * stride] != 0} << k;
   return bits;
 }
 
@@ -63,10 +78,11 @@ class Visibility {
   const uint64_t* row(int64_t r) const { return words_ + r * ld_; }
   int64_t ld() const { return ld_; }
 
-  // Narrows columns [lo, hi) to those that any of the rows sees; true when every row sees all of them.
+  // Narrows columns [lo, hi) to those that any of the rows sees, and returns whether every row sees all of these. lo comes
+  // out as a multiple of a vector's width.
+  template <class V>
   bool narrow(int64_t r0, int64_t rows, int64_t& lo, int64_t& hi) const {
-    int64_t first = hi, last = lo;
-    bool all = true;
+    int64_t first = hi, last = lo, seen_by_all = 0;
     for (int64_t w = lo / 64; w * 64 < hi; ++w) {
       const uint64_t inside = low_bits(hi - w * 64) & ~low_bits(lo - w * 64);
       uint64_t any = 0, every = ~uint64_t{0};
@@ -75,14 +91,14 @@ class Visibility {
         every &= words_[r * ld_ + w];
       }
       any &= inside;
-      all = all && (every & inside) == inside;
       if (any == 0) continue;
+      seen_by_all += __builtin_popcountll(every & inside);
       if (first == hi) first = w * 64 + __builtin_ctzll(any);
       last = w * 64 + 64 - __builtin_clzll(any);
     }
-    lo = first;
+    lo = first < last ? first / V::W * V::W : first;
     hi = last;
-    return all;
+    return seen_by_all == hi - lo;
   }
 
  private:

@@ -6,18 +6,18 @@ import argparse
 import importlib
 import os
 import sys
-import time
 import warnings
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lam_kernels.user_error import UserError
 
-from .check import call, tensors_of
+from .check import call
 from .learned_mask import LearnedMask
 from .report import Report, SwapError
 from .swapping import swap
+from .timing import step_times
 
 SUMMARY = "swap the fused ops into a model of yours, check it, and time a training step"
 _EPILOG = """\
@@ -30,7 +30,6 @@ examples:
   %(prog)s my_project.models:build --learned-mask 128 --fusion add
   %(prog)s my_project.models:build --backend cpu --strict
 """
-_WARM_UP = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,14 +75,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = report.check(batch)
         print()
-        before, after = step_seconds(report, batch, args.steps)
+        times = step_times(report, batch, args.steps)
     except ValueError as error:  # left padding under a learned mask, no gradient to compare, ...
         raise UserError(" ".join(str(error).split())) from None
     print(
         f"training step (forward, backward, AdamW), median of {args.steps}, "
-        f"{torch.get_num_threads()} threads\n"
-        f"  before the swap  {before * 1e3:.1f} ms\n"
-        f"  after it         {after * 1e3:.1f} ms   {before / after:.2f} x the speed"
+        f"{torch.get_num_threads()} threads: {times}"
     )
     return 0 if found.ok else 1
 
@@ -111,46 +108,3 @@ def _made(factory: str) -> tuple[nn.Module, object]:
             f"but returned {type(model).__name__}"
         )
     return model, batch
-
-
-def step_seconds(report: Report, batch, steps: int) -> tuple[float, float]:
-    """Medians before and after the swap, taken in turns; the weights stay what they are."""
-    model = report.model
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0
-    )
-    training = [(module, module.training) for module in model.modules()]
-    times: tuple[list[float], list[float]] = ([], [])
-    model.train()
-    try:
-        for _ in range(_WARM_UP + steps):
-            with report.taken_out():
-                times[0].append(_step(model, batch, optimizer))
-            times[1].append(_step(model, batch, optimizer))
-    finally:
-        for module, flag in training:
-            module.training = flag
-        optimizer.zero_grad()
-    before, after = (
-        float(torch.tensor(t[_WARM_UP:], dtype=torch.float64).quantile(0.5)) for t in times
-    )
-    return before, after
-
-
-def _step(model: nn.Module, batch, optimizer: torch.optim.Optimizer) -> float:
-    device = next(model.parameters()).device
-    start = _now(device)
-    output = call(model, batch)
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        loss = sum(t.float().square().mean() for t in tensors_of(output) if t.requires_grad)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return _now(device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

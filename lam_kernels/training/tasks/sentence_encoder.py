@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lam_kernels.optional_package import optional_package
 from lam_kernels.swap import LearnedMask, swap
-from lam_kernels.swap.command import step_seconds
+from lam_kernels.swap.timing import forward_times, step_times
 from lam_kernels.user_error import UserError
 
 SUMMARY = "a pretrained sentence encoder, swapped, compared, fine-tuned with a learned mask, undone"
@@ -131,41 +131,23 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(encoder, tokenizer, sentences: list[str], backend: str | None) -> tuple[float, float]:
-    """Prints and returns the least cosine between embeddings before and after, and the gain in time
-    of a training step on a batch of 32."""
+def compare(encoder, tokenizer, sentences: list[str], backend: str | None) -> None:
+    """Prints how far embeddings move in the swap, and what it does to the time of a batch of 32."""
     batch = tokens(tokenizer, sentences[:BATCH])
-    with torch.no_grad():
-        before = encoder(**batch)
-        with swap(encoder, backend=backend, strict=True) as report:
-            cosine = (before * encoder(**batch)).sum(-1).min().item()
-            ahead = _forward_seconds(report, batch)
+    with swap(encoder, backend=backend, strict=True) as report:
+        with torch.no_grad():
+            after = encoder(**batch)
+            with report.taken_out():
+                before = encoder(**batch)
+        forward = forward_times(report, batch, 61)
+        step = step_times(report, batch, 31)
+    cosine = (before * after).sum(-1).min().item()
     print(f"embeddings before and after the swap: least cosine {cosine:.7f}")
-    with swap(encoder, backend=backend) as report:
-        step = step_seconds(report, batch, 7)
-    L = batch["input_ids"].shape[1]
-    for what, (old, new) in (("forward", ahead), ("training step", step)):
-        print(
-            f"{what}, batch {BATCH} x {L} tokens, {torch.get_num_threads()} threads: "
-            f"{old * 1e3:.1f} ms before, {new * 1e3:.1f} ms after, {old / new:.2f} x the speed"
-        )
-    return cosine, step[0] / step[1]
-
-
-def _forward_seconds(report, batch, samples: int = 9) -> tuple[float, float]:
-    """Medians before and after the swap, taken in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-
-    def forward(into: list[float]) -> None:
-        start = time.perf_counter()
-        report.model(**batch)
-        into.append(time.perf_counter() - start)
-
-    for _ in range(2 + samples):
-        with report.taken_out():
-            forward(times[0])
-        forward(times[1])
-    return tuple(float(torch.tensor(t[2:], dtype=torch.float64).quantile(0.5)) for t in times)
+    where = (
+        f"batch {BATCH} x {batch['input_ids'].shape[1]} tokens, {torch.get_num_threads()} threads"
+    )
+    print(f"forward, {where}: {forward}")
+    print(f"training step, {where}: {step}")
 
 
 def fine_tune(encoder, tokenizer, train_set, test_set, args) -> dict[str, float]:
