@@ -15,7 +15,7 @@ from lam_kernels.user_error import UserError
 
 from .check import call
 from .learned_mask import LearnedMask
-from .report import Report, SwapError
+from .report import SwapError
 from .swapping import swap
 from .timing import step_times
 
