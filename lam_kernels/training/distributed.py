@@ -55,15 +55,18 @@ class Ranks:
             fully_shard(layer, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    def mean_loss(self, loss_of: Callable[[Tensor], Tensor], indices: Tensor) -> Tensor:
-        """loss_of(this process's samples), weighted: its mean over the processes is the mean over
-        all samples, and so is its gradient's."""
-        if self.world == 1:
-            return loss_of(indices)
+    def mean_loss(self, loss_of: Callable[[Tensor], tuple[Tensor, int]], indices: Tensor) -> Tensor:
+        """The mean loss of this process's samples, weighted: its mean over the processes is the
+        mean over all samples, and so is its gradient's.
+
+        loss_of(indices) gives the mean and how many samples are behind it, which may be fewer where
+        some cannot be read, or 0: every process takes every step.
+        """
         own = indices[self.rank :: self.world]
-        if len(own) == 0:  # more processes than samples: this one computes along with weight 0
-            return loss_of(indices[:1]) * 0.0
-        return loss_of(own) * (len(own) * self.world / len(indices))
+        # more processes than samples: this one computes along with weight 0
+        loss, count = loss_of(own if len(own) else indices[:1])
+        share = count if len(own) else 0
+        return loss * (share / max(1 / self.world, self.mean(float(share))))
 
     def mean(self, value: float) -> float:
         if self.world == 1:

@@ -83,7 +83,7 @@ def fit(
     options: LoopOptions,
     *,
     count: int,  # training samples
-    loss_of: Callable[[Tensor], Tensor],  # indices [n] -> mean loss of these samples
+    loss_of: Callable[[Tensor], tuple[Tensor, int]],  # indices [n] -> mean loss, of how many
     history: dict[str, list],
     first_epoch: int,
     label: str,

@@ -53,15 +53,16 @@ def draw_loss_curves(
 
 
 def draw_sensitivity(path: Path, profiles: dict[str, Tensor], curves: dict[str, Tensor]) -> None:
-    """Attention maps [T, T] of a clip (above), and each model's share of a frame's gradient that
-    comes from its neighbours (below).
+    """Attention maps [T, T] of a clip by stream and kind (above), and each model's share of a
+    frame's gradient that comes from its neighbours (below).
     """
-    figure = _figure(11, 7.5)
+    figure = _figure(3.6 * len(profiles), 7.5)
     grid = figure.add_gridspec(2, len(profiles), height_ratios=(1.2, 1))
     for column, (name, profile) in enumerate(profiles.items()):
         axes = figure.add_subplot(grid[0, column])
         shown = axes.imshow(profile.numpy(), cmap="viridis", vmin=0)
-        axes.set(title=f"{name} attention, mean of the heads", xlabel="frame", ylabel="of frame")
+        title = f"{name} attention, mean of heads"
+        axes.set(title=title, xlabel="key frame", ylabel="query frame")
         figure.colorbar(shown, ax=axes, fraction=0.046)
     axes = figure.add_subplot(grid[1, :])
     for index, (name, values) in enumerate(curves.items()):

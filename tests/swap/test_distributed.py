@@ -138,16 +138,30 @@ def test_a_task_that_wraps_nothing_refuses_torchrun(monkeypatch):
 
 
 def test_shares_of_a_batch_add_up(monkeypatch):
-    """Weights make the mean over processes the mean over samples, also of a last short batch."""
+    """Weights make the mean over processes the mean over samples, also of a last short batch and
+    where some samples cannot be read."""
     from lam_kernels.training.distributed import Ranks
 
     values = torch.arange(7.0)
-    for count in (7, 3, 1):
-        indices = torch.arange(count)
+    monkeypatch.setattr(Ranks, "__init__", lambda self: None)
+    for count, unreadable in (
+        (7, ()),
+        (3, ()),
+        (1, ()),
+        (7, (1, 2, 3)),
+        (7, (0, 3, 6)),
+        (2, (0, 1)),
+    ):
+
+        def loss_of(indices, unreadable=unreadable):
+            read = [n for n in indices.tolist() if n not in unreadable]
+            return (values[read].mean() if read else torch.tensor(5.0)), len(read)
+
+        readable = [n for n in range(count) if n not in unreadable]
+        monkeypatch.setattr(Ranks, "mean", lambda self, _, ids=readable: len(ids) / self.world)
         total = 0.0
         for rank in range(3):
-            monkeypatch.setattr(Ranks, "__init__", lambda self: None)
             ranks = Ranks()
             ranks.rank, ranks.world = rank, 3
-            total += float(ranks.mean_loss(lambda i: values[i].mean(), indices)) / 3
-        assert total == pytest.approx(float(values[:count].mean()))
+            total += float(ranks.mean_loss(loss_of, torch.arange(count))) / 3
+        assert total == pytest.approx(float(values[readable].mean()) if readable else 0.0)

@@ -79,19 +79,19 @@ def test_resumed_training_is_the_same(run, tmp_path):
     # the schedule depends on the number of epochs, so the run is stopped, not shortened
     from lam_kernels.training import loop
 
-    original, seen = loop.Ranks.mean, []
+    original, seen = loop.Ranks.mean_loss, []
 
-    def stop(self, value):
-        seen.append(value)
+    def stop(self, loss_of, indices):
+        seen.append(len(indices))
         if len(seen) == 2 * len(whole) // 3:
             raise KeyboardInterrupt
-        return original(self, value)
+        return original(self, loss_of, indices)
 
-    loop.Ranks.mean = stop
+    loop.Ranks.mean_loss = stop
     try:
         code, _, err = run("--epochs", "3")
     finally:
-        loop.Ranks.mean = original
+        loop.Ranks.mean_loss = original
     assert code == 130
     assert "resume with:" in err
     line = ["train", "scene-classification", "--resume", str(first), "--no-pictures"]
@@ -105,7 +105,9 @@ def test_bf16(run):
     assert run("--dtype", "bf16")[0] == 0
 
 
-def test_corrupt_records(run, shards, tmp_path, refused):
+@pytest.fixture
+def damaged(shards, tmp_path):
+    """The same clips but for the first one of the first shard, which cannot be read."""
     folder = tmp_path / "damaged"
     folder.mkdir()
     for source in Path(shards).parent.glob("*.tfrecord"):
@@ -113,12 +115,16 @@ def test_corrupt_records(run, shards, tmp_path, refused):
     data = bytearray((folder / "0.tfrecord").read_bytes())
     data[60] ^= 1
     (folder / "0.tfrecord").write_bytes(data)
-    code, out, err = run(data=str(folder / "*.tfrecord"))
+    return str(folder / "*.tfrecord")
+
+
+def test_corrupt_records(run, damaged):
+    code, out, err = run(data=damaged)
     assert code == 0, err
     assert out.count("skipped: ") == 1
     assert "0.tfrecord: record 0: the checksum of its content is wrong" in out
     assert "1 corrupt records in 1 files were skipped" in out
-    code, _, err = run("--corrupt", "stop", data=str(folder / "*.tfrecord"))
+    code, _, err = run("--corrupt", "stop", data=damaged)
     assert code == 2
     assert "record 0: the checksum" in err
 
@@ -202,15 +208,16 @@ def test_what_other_processes_skipped_is_counted(monkeypatch):
     assert found == {("a", 0): "cut", ("b", 3): "cut"}
 
 
-def test_two_processes_train_what_one_does(run, shards, tmp_path):
-    """torchrun, gloo: the losses of one process, to the rounding of a sum in another order."""
-    assert run()[0] == 0
+def test_two_processes_train_what_one_does(run, damaged, tmp_path):
+    """torchrun, gloo: the losses of one process, to the rounding of a sum in another order. A batch
+    with a record that cannot be read counts by those that can."""
+    assert run(data=damaged)[0] == 0
     alone = losses(checkpoint_of(tmp_path))
     out = tmp_path / "two"
     line = f"train scene-classification --variant share {SMALL} --threads 1".split()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "lam_kernels", *line, "--out", str(out), "--data", shards,
+        "-m", "lam_kernels", *line, "--out", str(out), "--data", damaged,
     ]  # fmt: skip
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -222,4 +229,4 @@ def test_two_processes_train_what_one_does(run, shards, tmp_path):
     together = losses(out / "share" / "checkpoint.safetensors")
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-4, atol=1e-5)
     result = json.loads((out / "share" / "result.json").read_text())
-    assert result["skipped"] == 0
+    assert result["skipped"] == 1

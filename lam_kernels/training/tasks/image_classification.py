@@ -254,7 +254,8 @@ def _train_one(
 
     def loss_of(indices):
         images, labels = run.train.batch(indices)
-        return F.cross_entropy(trained(images.to(args.device)), labels.to(args.device))
+        loss = F.cross_entropy(trained(images.to(args.device)), labels.to(args.device))
+        return loss, len(labels)
 
     def after_epoch(epoch: int) -> str:
         nonlocal saved, saved_epoch

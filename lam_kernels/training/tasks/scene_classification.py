@@ -231,17 +231,18 @@ def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ran
 
     def loss_of(indices):
         nonlocal used
-        clips, weight = run.train.clips(indices.tolist()), 1.0
-        used += len(clips)
+        clips = run.train.clips(indices.tolist())
+        count = len(clips)
+        used += count
         if not clips:  # every record of the batch is corrupt: the step still has to be taken
-            clips, weight = [empty_clip(run.model.visual_width, run.model.audio_width)], 0.0
+            clips = [empty_clip(run.model.visual_width, run.model.audio_width)]
         visual, audio, frames, labels = (
             x.to(args.device) for x in collate(clips, run.model.classes, run.model.max_len)
         )
         logits = wrapped(visual, audio, frames).float()
         # summed over the classes, as in the data set's own code
         loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(clips)
-        return loss * weight
+        return loss, count
 
     def after_epoch(epoch: int) -> str:
         nonlocal saved
@@ -502,7 +503,7 @@ def analyse(args: argparse.Namespace) -> int:
 def _draw_sensitivity(checkpoints, clip: int, norm: str, path: Path, args=None) -> int:
     from lam_kernels.data.youtube8m import collate
 
-    curves, profiles = {}, None
+    curves, profiles = {}, {}
     for checkpoint in checkpoints:
         given = args or argparse.Namespace(
             checkpoint=str(checkpoint), data=None, corrupt="skip", backend=None, device="cpu",
@@ -519,6 +520,7 @@ def _draw_sensitivity(checkpoints, clip: int, norm: str, path: Path, args=None) 
             or dataclasses.replace(run.model, variant="share").neighbourhood()
         )
         near = pattern.dense(batch[2].shape[1], batch[2].shape[1])
+        shows_profiles = run.variant != "global" or len(checkpoints) == 1
         for name, x in streams.items():
             block = getattr(model, name)
             found = sensitivity(
@@ -527,11 +529,11 @@ def _draw_sensitivity(checkpoints, clip: int, norm: str, path: Path, args=None) 
             )  # fmt: skip
             curves[f"{run.variant}, {name}"] = found
             print(f"{run.variant}, {name}: mean sensitivity {float(found.nanmean()):.3f}")
-        if run.variant != "global" or len(checkpoints) == 1:
-            block = model.audio
-            with torch.no_grad():
-                maps = block.attention.attention_maps(block.norm(batch[1].to(given.device)))
-            profiles = {"global": maps[0][0].mean(0).cpu(), "local": maps[1][0].mean(0).cpu()}
+            if shows_profiles:
+                with torch.no_grad():
+                    maps = block.attention.attention_maps(block.norm(x.to(given.device)))
+                for kind, weights in zip(("global", "local"), maps[:2], strict=True):
+                    profiles[f"{name}, {kind}"] = weights[0].mean(0).cpu()
     pictures.draw_sensitivity(path, profiles, curves)
     print(f"picture: {path}")
     return 0

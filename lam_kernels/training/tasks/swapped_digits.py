@@ -77,9 +77,9 @@ def train(args: argparse.Namespace) -> int:
     optimizer = make_optimizer(model, options)  # after that
     history = new_history()
 
-    def loss_of(indices: Tensor) -> Tensor:
+    def loss_of(indices: Tensor) -> tuple[Tensor, int]:
         images, labels = train_set.batch(indices)
-        return F.cross_entropy(trained(images), labels)
+        return F.cross_entropy(trained(images), labels), len(labels)
 
     def after_epoch(epoch: int) -> str:
         images, labels = test_set.batch(torch.arange(len(test_set)))
