@@ -40,7 +40,7 @@ inline bool aligned_rows(const View& v, int size) {
 
 inline int64_t padded(int64_t floats) { return (floats + 63) / 64 * 64; }
 
-constexpr const char* kNoRoom = "a block's tiles do not fit the shared memory of this GPU";
+constexpr const char* kNoRoom = "a block's tiles do not fit the shared memory of this GPU: use backend=\"triton\"";
 constexpr const char* kTooMany = "the patterns do not fit a kernel's parameters";
 
 // Operands, patterns and alignment. False: the patterns do not fit.

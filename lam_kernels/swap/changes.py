@@ -58,7 +58,7 @@ class AddSubmodule:
         return self.module._modules.get(self.name, self.new)
 
     def revert(self) -> None:
-        self.new = self.module._modules.pop(self.name)
+        self.new = self.module._modules.pop(self.name, self.new)  # somebody may have deleted it
 
 
 class AddPreHook:
