@@ -68,6 +68,7 @@ struct MaskedAttentionParams {
 
   View out;  // [B,H,Lq,Dv] contiguous, dtype of query
   View lse;  // [B,H,Lq] contiguous (strides {b, h, l, 0}), fp32, or fp64 for fp64 input; natural log
+  View lse_rest;  // where given, lse is the maximum alone and this is the rest; like lse
 
   // Backward only. grad_lse may be absent (zero).
   View grad_out, grad_lse;                     // grad_out: unit last stride

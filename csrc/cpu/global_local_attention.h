@@ -116,7 +116,7 @@ class LocalMap {
     }
   }
 
-  void finish() { finish_rows<V>(p_, p_.out, p_.lse, pieces_.region(), b_, h_, out_, state_, seen_, 1); }
+  void finish() { finish_rows<V>(p_, pieces_.region(), b_, h_, out_, state_, seen_, 1); }
 
  private:
   static constexpr int64_t kPieceRows = LocalPieces<Products>::kRows;
@@ -136,6 +136,12 @@ class LocalMapBackward {
  public:
   using V = typename Products::Word;
   using T = typename V::T;
+  using Params = GlobalLocalAttentionParams;
+  using ForwardPass = Forward<Products, LocalMap>;
+  struct Halves {
+    MaskedAttentionParams* each[2];
+    explicit Halves(Params& p) : each{&p, &p.local} {}
+  };
 
   LocalMapBackward(const MaskedAttentionParams& p, const Blocking& s, bool want_scores, Products& products, Arena& arena)
       : p_(local_of(p)),
@@ -180,7 +186,7 @@ class LocalMapBackward {
       const int64_t words = ceil_div(t.cols, V::W);
       if (want_scores_) products_.weight_grads(piece.r, t.rows, piece.lo, words, grad_, t.ld);
       else for (int64_t r = 0; r < t.rows; ++r) memset(grad_ + r * t.ld, 0, static_cast<size_t>(words * V::W) * sizeof(T));
-      softmax_backward_tile<V>(t, false, sums_.shift(piece.r), sums_.delta(piece.r));
+      softmax_backward_tile<V>(t, false, sums_.of(piece.r));
       if (!want_scores_) continue;
       for (int64_t r = 0; r < t.rows; ++r) {
         T* to = tile.grad + (piece.s + r) * tile.ld + piece.lo_in_tile;

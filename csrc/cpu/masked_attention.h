@@ -161,22 +161,24 @@ Rows<typename V::T> out_rows(const View& out, DType dtype, int64_t Dv, const Reg
 
 // Sums of e^(score - max) v and their states -> result and lse. A row that saw no key: 0 and -inf.
 template <class V>
-void finish_rows(const MaskedAttentionParams& p, const View& to, const View& lse, const Region& region, int64_t b,
-                 int64_t h, Rows<typename V::T> out, const RowState<typename V::T>* state, const uint8_t* opened,
-                 int64_t rows_per_flag) {
+void finish_rows(const MaskedAttentionParams& p, const Region& region, int64_t b, int64_t h, Rows<typename V::T> out,
+                 const RowState<typename V::T>* state, const uint8_t* opened, int64_t rows_per_flag) {
   using T = typename V::T;
   for (int64_t r = 0; r < region.rows; ++r) {
     T* row = out.data + r * out.ld;
     const bool seen = opened[r / rows_per_flag] && state[r].sum != T(0);
     const int64_t i = region.i(r);
-    const T log_sum = seen ? state[r].max + std::log(state[r].sum) : -kInfinity<T>;
-    store_row<T>(at_mutable(lse, head_offset(lse, b, h) + i * lse.stride[2]), lse.dtype, 1, &log_sum, T(1), 1);
+    const int64_t at_lse = head_offset(p.lse, b, h) + i * p.lse.stride[2];
+    const T max = seen ? state[r].max : -kInfinity<T>, rest = seen ? std::log(state[r].sum) : T(0);
+    const bool apart = p.lse_rest.data != nullptr;
+    reinterpret_cast<T*>(p.lse.data)[at_lse] = apart ? max : max + rest;
+    if (apart) reinterpret_cast<T*>(p.lse_rest.data)[at_lse] = rest;
     if (!seen) memset(row, 0, static_cast<size_t>(p.Dv) * sizeof(T));
     const T factor = seen ? T(1) / state[r].sum : T(0);
     if (in_place<V>(p.query.dtype)) {
       if (seen) scale_row<V>(row, p.Dv, factor);
     } else {
-      store_row<T>(at_mutable(to, head_offset(to, b, h) + i * to.stride[2]), p.query.dtype, 1, row, factor, p.Dv);
+      store_row<T>(at_mutable(p.out, head_offset(p.out, b, h) + i * p.out.stride[2]), p.query.dtype, 1, row, factor, p.Dv);
     }
   }
 }
@@ -268,7 +270,7 @@ class Forward {
       second_.enter_head(b, h, state, first);
       if (region.cols > 0) attend(region, b, h, tile_rows, out, state_ + state * s_.region_rows, opened);
       if (!last) continue;
-      finish_rows<V>(p_, p_.out, p_.lse, region, b, h, out, state_ + state * s_.region_rows, opened, tile_rows);
+      finish_rows<V>(p_, region, b, h, out, state_ + state * s_.region_rows, opened, tile_rows);
       second_.finish();
     }
   }

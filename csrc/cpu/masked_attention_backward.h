@@ -1,6 +1,9 @@
 // The backward pass of masked_attention on the CPU: scores are computed again, tile by tile, and every gradient that is
 // wanted is summed in place.
 #pragma once
+#include <iterator>
+
+#include "far_rows.h"
 #include "masked_attention.h"
 
 namespace lam {
@@ -15,17 +18,19 @@ class RowSums {
     out_row_ = arena.take<T>(round_up(p.Dv, V::W));
     grad_out_row_ = arena.take<T>(round_up(p.Dv, V::W));
     shift_ = arena.take<T>(rows);
+    rest_ = arena.take<T>(rows);
     delta_ = arena.take<T>(rows);
   }
-  const T* shift(int64_t r) const { return shift_ + r; }  // lse, +inf for a row that sees no key
-  const T* delta(int64_t r) const { return delta_ + r; }
+  RowSlopes<T> of(int64_t r) const { return {shift_ + r, rest_ + r, delta_ + r}; }  // of the rows from r on
 
   void enter(const Region& region, int64_t b, int64_t h) {
     const int64_t *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
     for (int64_t r = 0; r < region.rows; ++r) {
       const int64_t i = region.i(r);
-      const T lse = load_scalar<T>(at(p_.lse, head_offset(p_.lse, b, h) + i * ls[2]), p_.lse.dtype);
+      const int64_t at_lse = head_offset(p_.lse, b, h) + i * ls[2];
+      const T lse = static_cast<const T*>(p_.lse.data)[at_lse];
       shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
+      rest_[r] = p_.lse_rest.data == nullptr ? T(0) : static_cast<const T*>(p_.lse_rest.data)[at_lse];
       const T *out = row_of(p_.out, b, h, i, out_row_), *grad_out = row_of(p_.grad_out, b, h, i, grad_out_row_);
       typename V::reg sum = V::zero();
       int64_t d = 0;
@@ -50,13 +55,19 @@ class RowSums {
   }
 
   const MaskedAttentionParams& p_;
-  T *out_row_, *grad_out_row_, *shift_, *delta_;
+  T *out_row_, *grad_out_row_, *shift_, *rest_, *delta_;
 };
 
 // A second softmax of the same scores is worked out beside the first (global_local_attention.h); here there is none.
 template <class Products>
 struct NoSecondMapBackward {
   using T = typename Products::T;
+  using Params = MaskedAttentionParams;
+  using ForwardPass = Forward<Products>;
+  struct Halves {
+    MaskedAttentionParams* each[1];
+    explicit Halves(Params& p) : each{&p} {}
+  };
   NoSecondMapBackward(const MaskedAttentionParams&, const Blocking&, bool, Products&, Arena&) {}
   void enter(const Region&) {}
   void enter_head(int64_t, int64_t) {}
@@ -71,7 +82,26 @@ class Backward {
   using V = typename Products::Word;
   using T = typename V::T;
 
-  static int run(const MaskedAttentionParams& p) {
+  static int run(const MaskedAttentionParams& given) {
+    using Second = SecondMap<Products>;
+    using Params = typename Second::Params;
+    Params p = static_cast<const Params&>(given), again = p;
+    typename Second::Halves halves(p), halves_again(again);
+    const FarRows<T, std::size(halves.each)> far(halves.each);
+    if (!far.any()) return run_as_given(p);
+    ScratchBlock kept(far.bytes());
+    if (kept.data == nullptr) return 1;
+    far.redirect(halves_again.each, kept.data);
+    if (const int failed = Second::ForwardPass::run(again)) return failed;
+    for (size_t n = 0; n < std::size(halves.each); ++n) {
+      halves.each[n]->lse = halves_again.each[n]->lse;
+      halves.each[n]->lse_rest = halves_again.each[n]->lse_rest;
+    }
+    return run_as_given(p);
+  }
+
+ private:
+  static int run_as_given(const MaskedAttentionParams& p) {
     Shared shared(p);
     const BackwardPlan& plan = shared.plan;
     const int64_t heads_per_pair = p.H / p.Hkv;
@@ -115,7 +145,6 @@ class Backward {
     return 0;
   }
 
- private:
   // What all tasks of a call share: sizes, where each gradient is summed.
   struct Shared {
     const MaskedAttentionParams& p;
@@ -387,7 +416,7 @@ class Backward {
           masks_.draw(b, h, r0, tile.rows, lo, tile.cols);
           masks_.drop(grad_, ld, tile.rows, tile.cols);
         }
-        softmax_backward_tile<V>(tile, p_.gate, sums_.shift(r0), sums_.delta(r0));
+        softmax_backward_tile<V>(tile, p_.gate, sums_.of(r0));
         second_.add_gradient(tile);
         if (p_.dropout_p > 0) masks_.drop(scores_, ld, tile.rows, tile.cols);
         products_.accumulate(r0, tile.rows, lo, tile.cols, scores_, grad_, ld, dq, dk, dv, s_.stored && lo == 0,

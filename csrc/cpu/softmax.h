@@ -153,10 +153,16 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
   }
 }
 
-// scores -> P, grad -> dS. `shift` is lse (+inf for a row that sees no key), `delta` is
-// rowsum(grad_out * out) - grad_lse.
+// What the backward pass knows of rows. lse is shift + rest; shift is +inf for a row that sees no key.
+template <class T>
+struct RowSlopes {
+  const T *shift, *rest;
+  const T* delta;  // rowsum(grad_out * out) - grad_lse
+};
+
+// scores -> P, grad -> dS.
 template <class V, bool kMultiplier, BiasKind kBias, bool kGradMultiplier, bool kGradBias>
-void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* shift, const typename V::T* delta) {
+void softmax_backward_rows(const Tile<typename V::T>& t, const RowSlopes<typename V::T>& rows) {
   using T = typename V::T;
   using reg = typename V::reg;
   constexpr bool kAlwaysMasked = kBias == BiasKind::gate || (kBias == BiasKind::add && kMultiplier);
@@ -167,7 +173,8 @@ void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* sh
     const T* bias = kBias != BiasKind::none ? t.bias.row(r) : nullptr;
     T* dmul = kGradMultiplier ? t.grad_multiplier.row(r) : nullptr;
     T* dbias = kGradBias ? t.grad_bias.row(r) : nullptr;
-    const reg row_shift = V::set1(shift[r]), row_delta = V::set1(delta[r]);
+    const reg row_shift = V::set1(rows.shift[r]), row_delta = V::set1(rows.delta[r]);
+    const reg minus_rest = V::set1(-kLog2e<T> * rows.rest[r]);
     for_words<V, kAlwaysMasked>(t, r, [&](int64_t c, auto inside, auto visible, auto masked) {
       const reg y = V::mul(V::load(s + c), scale);
       reg m, b;
@@ -182,7 +189,7 @@ void softmax_backward_rows(const Tile<typename V::T>& t, const typename V::T* sh
         if constexpr (kBias == BiasKind::add) x = V::add(x, b);
         if constexpr (kAlwaysMasked) weighted = V::both(weighted, V::not_equal(b, kBias == BiasKind::add ? -kInfinity<T> : T(0)));
       }
-      reg p = V::exp2(V::mul(V::sub(x, row_shift), log2e));
+      reg p = V::exp2(V::fma(V::sub(x, row_shift), log2e, minus_rest));
       if (masked) p = V::keep(kBias == BiasKind::gate ? visible : weighted, p);
       reg dz = V::mul(p, V::sub(V::load(g + c), row_delta));
       if constexpr (kGradBias) {
@@ -229,29 +236,28 @@ void softmax_tile(const Tile<typename V::T>& t, bool gate, RowState<typename V::
 }
 
 template <class V, bool kMultiplier, BiasKind kBias>
-void softmax_backward_tile(const Tile<typename V::T>& t, const typename V::T* shift, const typename V::T* delta) {
+void softmax_backward_tile(const Tile<typename V::T>& t, const RowSlopes<typename V::T>& rows) {
   const bool gm = static_cast<bool>(t.grad_multiplier), gb = static_cast<bool>(t.grad_bias);
   if constexpr (kMultiplier && kBias != BiasKind::none)
-    if (gm && gb) return softmax_backward_rows<V, kMultiplier, kBias, true, true>(t, shift, delta);
+    if (gm && gb) return softmax_backward_rows<V, kMultiplier, kBias, true, true>(t, rows);
   if constexpr (kMultiplier)
-    if (gm) return softmax_backward_rows<V, kMultiplier, kBias, true, false>(t, shift, delta);
+    if (gm) return softmax_backward_rows<V, kMultiplier, kBias, true, false>(t, rows);
   if constexpr (kBias != BiasKind::none)
-    if (gb) return softmax_backward_rows<V, kMultiplier, kBias, false, true>(t, shift, delta);
-  softmax_backward_rows<V, kMultiplier, kBias, false, false>(t, shift, delta);
+    if (gb) return softmax_backward_rows<V, kMultiplier, kBias, false, true>(t, rows);
+  softmax_backward_rows<V, kMultiplier, kBias, false, false>(t, rows);
 }
 
 template <class V>
-void softmax_backward_tile(const Tile<typename V::T>& t, bool gate, const typename V::T* shift,
-                           const typename V::T* delta) {
+void softmax_backward_tile(const Tile<typename V::T>& t, bool gate, const RowSlopes<typename V::T>& rows) {
   const BiasKind kind = !t.bias ? BiasKind::none : gate ? BiasKind::gate : BiasKind::add;
   if (t.multiplier) {
-    if (kind == BiasKind::none) softmax_backward_tile<V, true, BiasKind::none>(t, shift, delta);
-    else if (kind == BiasKind::add) softmax_backward_tile<V, true, BiasKind::add>(t, shift, delta);
-    else softmax_backward_tile<V, true, BiasKind::gate>(t, shift, delta);
+    if (kind == BiasKind::none) softmax_backward_tile<V, true, BiasKind::none>(t, rows);
+    else if (kind == BiasKind::add) softmax_backward_tile<V, true, BiasKind::add>(t, rows);
+    else softmax_backward_tile<V, true, BiasKind::gate>(t, rows);
   } else {
-    if (kind == BiasKind::none) softmax_backward_tile<V, false, BiasKind::none>(t, shift, delta);
-    else if (kind == BiasKind::add) softmax_backward_tile<V, false, BiasKind::add>(t, shift, delta);
-    else softmax_backward_tile<V, false, BiasKind::gate>(t, shift, delta);
+    if (kind == BiasKind::none) softmax_backward_tile<V, false, BiasKind::none>(t, rows);
+    else if (kind == BiasKind::add) softmax_backward_tile<V, false, BiasKind::add>(t, rows);
+    else softmax_backward_tile<V, false, BiasKind::gate>(t, rows);
   }
 }
 

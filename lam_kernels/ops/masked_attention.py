@@ -94,7 +94,9 @@ def masked_attention(
 
     Numerics: sums and softmax in float32 (float64 for float64) whatever the storage dtype; bitwise
     repeatable for a device and thread count, mask gradients included. No [B, H, Lq, Lk]
-    intermediate.
+    intermediate. Gradients are made of exp(S - lse), which is off by |lse| 2^-24 where all that a
+    row sees is far from 0 (a bias of -1e9 on every key); "cpu" then works such rows' maxima and
+    sums out once more and keeps them apart, "triton" and "cuda" do not: hide keys by key_mask.
 
     Source: LAM (arXiv 2406.02761): multiplier is its eq. 6, bias its ablation C.1.
     """
