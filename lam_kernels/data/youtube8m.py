@@ -304,11 +304,11 @@ class Clips(torch.utils.data.Dataset):
         return found
 
 
-def report(error: CorruptRecord, damage: Damage, fatal: bool) -> None:
-    """Says so once, or stops: one sentence that names file and record."""
+def report(error: CorruptRecord, damage: Damage, fatal: bool, quiet: bool = False) -> None:
+    """Says so once (where not quiet), or stops: one sentence that names file and record."""
     if fatal:
         raise UserError(str(error))
-    if damage.add(error):
+    if damage.add(error) and not quiet:
         print(f"skipped: {error}", flush=True)
 
 
@@ -360,12 +360,14 @@ def find_clips(
     classes: int = 3862,
     *,
     fatal: bool = False,
+    quiet: bool = False,
 ) -> Clips:
     """Clips of all files that match a glob (TFRecord shards), or of a folder of .npz.
 
     UserError when nothing matches, a match is no shard, no record is found, or, with `fatal`, at
     the first corrupt one.
-    Only headers are read here; each record is checked when it is read.
+    Only headers are read here; each record is checked when it is read. quiet: a broken header is
+    counted and not printed, for all but one of several processes, which read the same headers.
     """
     damage = Damage()
     path = Path(pattern)
@@ -387,7 +389,7 @@ def find_clips(
         records, broken = index_records(name)
         sources += records
         if broken is not None:
-            report(broken, damage, fatal)
+            report(broken, damage, fatal, quiet)
     if not sources:
         raise UserError(f"{pattern}: there is no whole record in {len(files)} files")
     return Clips(sources, visual_width, audio_width, classes, damage, fatal)

@@ -332,6 +332,17 @@ def test_what_other_processes_skipped_is_counted(monkeypatch):
     assert found == {("a", 0): "cut", ("b", 3): "cut"}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_broken_header_is_told_by_one_process(run, growing, monkeypatch, first):
+    data, _ = growing
+    path = Path(data.replace("*", "0"))
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(Ranks, "first", first)
+    code, out, err = run("--epochs", "1", data=data)
+    assert code == 0, err
+    assert out.count("record 19: the file ends within it") == int(first)
+
+
 def test_two_processes_train_what_one_does(run, damaged, tmp_path):
     """torchrun, gloo: the losses of one process, to the rounding of a sum in another order. A batch
     with a record that cannot be read counts by those that can."""

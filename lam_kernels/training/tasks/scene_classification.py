@@ -162,11 +162,11 @@ class _Run:
             "test_clips": len(self.test),
         }  # fmt: skip
 
-    def load(self) -> None:
+    def load(self, quiet: bool = False) -> None:
         """Finds the clips; without data of its own the test is a fifth of all."""
-        self.train = _find(self.data, self.model, self.fatal)
+        self.train = _find(self.data, self.model, self.fatal, quiet)
         if self.eval_data is not None:
-            self.test = _find(self.eval_data, self.model, self.fatal)
+            self.test = _find(self.eval_data, self.model, self.fatal, quiet)
             return
         order = torch.randperm(
             len(self.train), generator=torch.Generator().manual_seed(self.loop.seed)
@@ -179,12 +179,12 @@ class _Run:
         )  # fmt: skip
 
 
-def _find(pattern: str, model: SceneClassifierConfig, fatal: bool):
+def _find(pattern: str, model: SceneClassifierConfig, fatal: bool, quiet: bool = False):
     optional_package("numpy", "reading clips")
     from lam_kernels.data.youtube8m import find_clips
 
     return find_clips(
-        pattern, model.visual_width, model.audio_width, model.classes, fatal=fatal
+        pattern, model.visual_width, model.audio_width, model.classes, fatal=fatal, quiet=quiet
     )  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def train(args: argparse.Namespace) -> int:
 def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ranks: Ranks) -> int:
     from lam_kernels.data.youtube8m import collate, empty_clip
 
-    run.load()
+    run.load(quiet=not ranks.first)
     if checkpoint:
         _refuse_changed_clips(run, checkpoint, args)
     torch.manual_seed(run.loop.seed)
