@@ -103,15 +103,30 @@ def _entries(data: memoryview) -> dict[str, memoryview]:
     return found
 
 
-def _bytes_of(feature: memoryview) -> list[memoryview]:
+_KINDS = {1: "bytes", 2: "floats", 3: "int64 values"}  # field numbers of a Feature's lists
+
+
+def _lists_of(feature: memoryview, kind: int, what: str) -> list[memoryview]:
+    """A Feature's list of this kind, empty where nothing is set; another kind is refused: read as
+    an empty list, it would make a clip without frames or labels."""
+    found = []
+    for number, values in _fields(feature):
+        if number == kind and isinstance(values, memoryview):
+            found.append(values)
+        elif number in _KINDS:
+            raise _Broken(f"{what} holds {_KINDS[number]}, expected {_KINDS[kind]}")
+    return found
+
+
+def _bytes_of(feature: memoryview, what: str) -> list[memoryview]:
     """Feature.bytes_list (field 1) . value (field 1)"""
-    return [value for values in _messages(feature, 1) for value in _messages(values, 1)]
+    return [value for values in _lists_of(feature, 1, what) for value in _messages(values, 1)]
 
 
-def _integers_of(feature: memoryview) -> list[int]:
+def _integers_of(feature: memoryview, what: str) -> list[int]:
     """Feature.int64_list (field 3) . value (field 1), packed or not"""
     found = []
-    for values in _messages(feature, 3):
+    for values in _lists_of(feature, 3, what):
         for number, value in _fields(values):
             if number != 1:
                 continue
@@ -125,22 +140,32 @@ def _integers_of(feature: memoryview) -> list[int]:
     return found
 
 
+def _as_long_as_each_other(visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+    """Both streams, cut to the shorter one. One without any frame beside one with some is damage:
+    the clip would count as one of no frames."""
+    length = min(len(visual), len(audio))
+    if length == 0 and len(visual) != len(audio):
+        raise _Broken(f"rgb has {len(visual)} frames and audio {len(audio)}, expected some in both")
+    return visual[:length], audio[:length]
+
+
 def parse_clip(payload: bytes, visual_width: int, audio_width: int, classes: int) -> Clip:
     """The clip in a SequenceExample. ValueError with a sentence when it is not one of these sizes.
 
-    Labels are sorted and unique; the shorter stream decides the number of frames.
+    Labels are sorted and unique; the shorter stream decides the number of frames, which may be 0
+    only where both are empty.
     """
     data = memoryview(payload)
     contexts, lists = _messages(data, 1), _messages(data, 2)
     context = _entries(contexts[-1]) if contexts else {}
     feature_lists = _entries(lists[-1]) if lists else {}
     name = next((context[key] for key in ("id", "video_id") if key in context), None)
-    names = _bytes_of(name) if name is not None else []
+    names = _bytes_of(name, "id") if name is not None else []
     if not names:
         raise _Broken("it has no id")
     if "labels" not in context:
         raise _Broken("it has no labels")
-    labels = sorted(set(_integers_of(context["labels"])))
+    labels = sorted(set(_integers_of(context["labels"], "labels")))
     if labels and not 0 <= labels[0] <= labels[-1] < classes:
         wrong = next(label for label in labels if not 0 <= label < classes)
         raise _Broken(f"label {wrong} is outside of the {classes} classes")
@@ -148,7 +173,12 @@ def parse_clip(payload: bytes, visual_width: int, audio_width: int, classes: int
     for key, width in (("rgb", visual_width), ("audio", audio_width)):
         if key not in feature_lists:
             raise _Broken(f"it has no feature list {key}")
-        frames = [b for feature in _messages(feature_lists[key], 1) for b in _bytes_of(feature)]
+        frames = []
+        for number, feature in enumerate(_messages(feature_lists[key], 1)):
+            values = _bytes_of(feature, f"frame {number} of {key}")
+            if not values:
+                raise _Broken(f"frame {number} of {key} is empty, expected {width} bytes")
+            frames += values
         for number, frame in enumerate(frames):
             if len(frame) != width:
                 raise _Broken(f"frame {number} of {key} has {len(frame)} bytes, expected {width}")
@@ -156,9 +186,8 @@ def parse_clip(payload: bytes, visual_width: int, audio_width: int, classes: int
             raise _Broken(f"{key} has {len(frames)} frames, the limit is {MAX_FRAMES}")
         flat = np.frombuffer(b"".join(frames), dtype=np.uint8).copy()
         streams.append(torch.from_numpy(flat).view(-1, width))
-    length = min(len(stream) for stream in streams)
     text = bytes(names[-1]).decode("utf-8", "replace")
-    return Clip(text, tuple(labels), streams[0][:length], streams[1][:length])
+    return Clip(text, tuple(labels), *_as_long_as_each_other(*streams))
 
 
 def _number(value: int) -> bytes:
@@ -178,7 +207,9 @@ def _entry(key: str, value: bytes) -> bytes:
 
 
 def encode_clip(clip: Clip) -> bytes:
-    """The SequenceExample of a clip: what parse_clip reads."""
+    """The SequenceExample of a clip: what parse_clip reads. ValueError for a label below 0."""
+    if clip.labels and min(clip.labels) < 0:
+        raise ValueError(f"labels of clip {clip.name!r} must be 0 or above, got {min(clip.labels)}")
     labels = _field(1, b"".join(_number(label) for label in clip.labels))
     context = _entry("id", _field(1, _field(1, clip.name.encode())))
     context += _entry("labels", _field(3, labels))
@@ -273,16 +304,17 @@ class Clips(torch.utils.data.Dataset):
         return found
 
 
-def report(error: CorruptRecord, damage: Damage, fatal: bool) -> None:
-    """Says so once, or stops: one sentence that names file and record."""
+def report(error: CorruptRecord, damage: Damage, fatal: bool, quiet: bool = False) -> None:
+    """Says so once (where not quiet), or stops: one sentence that names file and record."""
     if fatal:
         raise UserError(str(error))
-    if damage.add(error):
+    if damage.add(error) and not quiet:
         print(f"skipped: {error}", flush=True)
 
 
 def _read_npz(path: Path, visual_width: int, audio_width: int, classes: int) -> Clip:
-    """rgb uint8 or float [T, visual width], audio likewise, labels integers [n], the classes."""
+    """rgb uint8 or float (-2 to 2) [T, visual width], audio likewise, labels integers [n], the
+    classes."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("rgb", "audio", "labels")}
@@ -310,9 +342,15 @@ def _read_npz(path: Path, visual_width: int, audio_width: int, classes: int) -> 
             raise _Broken(f"{name} is {array.dtype}, expected uint8 (quantised) or float")
         if not np.isfinite(array).all():
             raise _Broken(f"{name} holds NaN or infinity")
+        # a step of slack: what a byte stands for ends at 2 + 4 / 512, and half precision rounds
+        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+        if not -2 - _WIDTH <= low <= high <= 2 + _WIDTH:
+            raise _Broken(
+                f"{name} holds floats from {low:g} to {high:g}, expected uint8 (quantised) or "
+                "floats from -2 to 2"
+            )
         streams.append(quantise(torch.from_numpy(array.astype(np.float32))))
-    length = min(len(stream) for stream in streams)
-    return Clip(path.stem, tuple(labels), streams[0][:length], streams[1][:length])
+    return Clip(path.stem, tuple(labels), *_as_long_as_each_other(*streams))
 
 
 def find_clips(
@@ -322,11 +360,14 @@ def find_clips(
     classes: int = 3862,
     *,
     fatal: bool = False,
+    quiet: bool = False,
 ) -> Clips:
     """Clips of all files that match a glob (TFRecord shards), or of a folder of .npz.
 
-    UserError when nothing matches, no record is found, or, with `fatal`, at the first corrupt one.
-    Only headers are read here; each record is checked when it is read.
+    UserError when nothing matches, a match is no shard, no record is found, or, with `fatal`, at
+    the first corrupt one.
+    Only headers are read here; each record is checked when it is read. quiet: a broken header is
+    counted and not printed, for all but one of several processes, which read the same headers.
     """
     damage = Damage()
     path = Path(pattern)
@@ -340,10 +381,15 @@ def find_clips(
         raise UserError(f"{pattern}: no file matches")
     sources = []
     for name in files:
+        if name.endswith(".npz"):
+            raise UserError(f"{pattern}: {name} is no TFRecord shard: give the folder of the .npz")
+        if not Path(name).is_file():
+            what = "a folder" if Path(name).is_dir() else "a link to nothing, or no plain file"
+            raise UserError(f"{pattern}: {name} is {what}, expected TFRecord shards: narrow it")
         records, broken = index_records(name)
         sources += records
         if broken is not None:
-            report(broken, damage, fatal)
+            report(broken, damage, fatal, quiet)
     if not sources:
         raise UserError(f"{pattern}: there is no whole record in {len(files)} files")
     return Clips(sources, visual_width, audio_width, classes, damage, fatal)

@@ -70,8 +70,10 @@ class GlobalLocalAttention(nn.Module):
             raise ValueError(f"variant {variant!r} needs a pattern")
         if variant == "share" and pattern is not None and heads % 2:
             raise ValueError(f"variant 'share' needs an even number of heads, got {heads}")
-        if variant == "gate_map" and (max_len is None or not 1 <= max_len <= 512):
-            raise ValueError(f"variant 'gate_map' needs max_len from 1 to 512, got {max_len}")
+        if variant == "gate_map" and (type(max_len) is not int or not 1 <= max_len <= 512):
+            raise ValueError(
+                f"variant 'gate_map' needs an integer max_len from 1 to 512, got {max_len!r}"
+            )
         if renormalise and variant != "gate_map":
             raise ValueError(f"renormalise is for 'gate_map', got variant {variant!r}")
         self.dim, self.heads, self.pattern, self.variant = dim, heads, pattern, variant

@@ -131,8 +131,13 @@ def check_float_operand(
     name: str, operand: Tensor, shape: tuple[int, int, int, int], query: Tensor
 ) -> Tensor:
     """A dense multiplier or bias, with 4 axes."""
+    if isinstance(operand, LowRankMask):
+        raise TypeError(
+            f"{name} must be a Tensor, got a LowRankMask, which this op does not take: "
+            "pass its .dense()"
+        )
     if not isinstance(operand, Tensor):
-        raise TypeError(f"{name} must be a Tensor or a LowRankMask, got {type(operand).__name__}")
+        raise TypeError(f"{name} must be a Tensor, got {type(operand).__name__}")
     dtype = operand.dtype
     if dtype not in FLOAT_DTYPES:
         hint = "; a boolean mask is attn_mask (or key_mask)" if not dtype.is_floating_point else ""
@@ -150,7 +155,9 @@ def check_mask(
     """A multiplier or bias as the op takes it: (M, None, None) or (rows, columns, offset)."""
     if operand is None:
         return None, None, None
-    if not isinstance(operand, LowRankMask):
+    if not isinstance(operand, (Tensor, LowRankMask)):
+        raise TypeError(f"{name} must be a Tensor or a LowRankMask, got {type(operand).__name__}")
+    if isinstance(operand, Tensor):
         return check_float_operand(name, operand, shape, query), None, None
     B, H, Lq, Lk = shape
     rank = operand.rank

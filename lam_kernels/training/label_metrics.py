@@ -51,6 +51,11 @@ class LabelMeter:
             )
         if scores.numel() == 0:
             return
+        if bool(scores.isnan().any()):  # sorting would put them first: numbers that look right
+            count = int(scores.isnan().any(1).sum())
+            raise ValueError(
+                f"scores must not be NaN, got some in {count} of {len(scores)} samples"
+            )
         scores, labels = scores.detach().double().cpu(), labels.bool().cpu()
         counts = labels.sum(1)
         best, classes = scores.topk(max(min(self.k, scores.shape[1]), int(counts.max())))

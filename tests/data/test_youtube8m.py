@@ -91,10 +91,16 @@ def test_round_trip(shards):
         assert_same(read[n], one)
 
 
+def feature(kind: int, values: bytes) -> bytes:
+    return bytes([kind << 3 | 2, len(values)]) + values
+
+
+def entry(key: bytes, value: bytes) -> bytes:
+    return feature(1, feature(1, key) + feature(2, value))
+
+
 def test_bytes_as_tensorflow_writes_them():
     """A record by hand: unpacked labels, video_id, fields in another order, an unknown field."""
-    feature = lambda kind, values: bytes([kind << 3 | 2, len(values)]) + values  # noqa: E731
-    entry = lambda key, value: feature(1, feature(1, key) + feature(2, value))  # noqa: E731
     labels = feature(3, b"\x08\x07\x08\x01")
     context = entry(b"labels", labels) + entry(b"video_id", feature(1, feature(1, b"xy")))
     frames = lambda rows: b"".join(feature(1, feature(1, feature(1, row))) for row in rows)  # noqa: E731
@@ -194,6 +200,52 @@ def test_a_record_of_other_sizes(tmp_path, change, words, capsys):
     assert words in capsys.readouterr().out
 
 
+FRAME, FLOATS = feature(1, feature(1, b"01234567")), feature(2, feature(1, bytes(8)))
+SOUND, LABELS = feature(1, feature(1, b"abcd")), feature(3, feature(1, b"\x01\x07"))
+NAME = feature(1, feature(1, b"x"))
+
+
+def record(name=NAME, labels=LABELS, rgb=(FRAME,) * 3, audio=(SOUND,) * 3):
+    """A SequenceExample of encoded Features."""
+    context = entry(b"id", name) + entry(b"labels", labels)
+    lists = [
+        entry(key, b"".join(feature(1, frame) for frame in frames))
+        for key, frames in ((b"rgb", rgb), (b"audio", audio))
+    ]
+    return feature(1, context) + feature(2, b"".join(lists))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rgb": (FLOATS,) * 3}, "frame 0 of rgb holds floats, expected bytes"),
+        ({"audio": (SOUND, LABELS)}, "frame 1 of audio holds int64 values, expected bytes"),
+        ({"audio": (SOUND, b"")}, "frame 1 of audio is empty, expected 4 bytes"),
+        ({"labels": FLOATS}, "labels holds floats, expected int64 values"),
+        ({"labels": feature(1, feature(1, b"7"))}, "labels holds bytes, expected int64 values"),
+        ({"name": LABELS}, "id holds int64 values, expected bytes"),
+        ({"audio": ()}, "rgb has 3 frames and audio 0, expected some in both"),
+    ],
+)
+def test_a_record_of_other_types_is_corrupt(tmp_path, change, words, capsys):
+    """Not a clip without frames or labels."""
+    tfrecord.write_records(tmp_path / "x.tfrecord", [record(**change), record()])
+    assert [one.labels for one in found(tmp_path).clips([0, 1])] == [(1, 7)]
+    assert f"x.tfrecord: record 0: {words}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("labels", [b"", feature(3, b"")])
+def test_a_clip_may_be_without_frames_and_labels(labels):
+    read = parse_clip(record(labels=labels, rgb=(), audio=()), *SIZES)
+    assert read.labels == ()
+    assert (read.visual.shape, read.audio.shape) == ((0, 8), (0, 4))
+
+
+def test_a_label_below_0_is_not_written():
+    with pytest.raises(ValueError, match="labels of clip 'a' must be 0 or above, got -3"):
+        encode_clip(clip(labels=(2, -3)))
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_garbage_is_refused_and_never_crashes(seed):
     """Valid checksums, broken content: a sentence or a clip, nothing else."""
@@ -213,6 +265,27 @@ def test_nothing_to_read(tmp_path):
     (tmp_path / "empty.tfrecord").write_bytes(b"")
     with pytest.raises(UserError, match="no whole record in 1 files"):
         found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x.npz", "x.npz is no TFRecord shard: give the folder of the .npz"),
+        ("folder", "folder is a folder, expected TFRecord shards"),
+        ("gone", "gone is a link to nothing"),
+    ],
+)
+def test_a_glob_that_matches_other_things(shards, name, words):
+    _, folder = shards
+    path = folder / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "gone":
+        path.symlink_to(folder / "nothing")
+    else:
+        np.savez(path, rgb=[1])
+    with pytest.raises(UserError, match=words):
+        find_clips(str(folder / "*"), *SIZES)
 
 
 # ---- a plain folder, worker processes
@@ -249,6 +322,13 @@ def test_a_folder_of_npz(tmp_path, capsys):
         ({"rgb": np.full((5, 8), np.nan)}, "rgb holds NaN or infinity"),
         ({"audio": np.full((5, 4), -np.inf, np.float32)}, "audio holds NaN or infinity"),
         ({"audio": np.zeros((5, 3), np.uint8)}, "audio has shape (5, 3), expected [T, 4]"),
+        ({"audio": np.zeros((0, 4), np.uint8)}, "rgb has 5 frames and audio 0"),
+        (
+            {"rgb": np.linspace(0, 255, 40, dtype=np.float32).reshape(5, 8)},
+            "x.npz: record 0: rgb holds floats from 0 to 255, expected uint8 (quantised) or floats "
+            "from -2 to 2",
+        ),
+        ({"audio": np.full((5, 4), -2.1)}, "audio holds floats from -2.1 to -2.1, expected uint8"),
     ],
 )
 def test_npz_arrays_of_another_meaning_are_not_guessed(tmp_path, capsys, change, words):
@@ -261,6 +341,8 @@ def test_npz_arrays_of_another_meaning_are_not_guessed(tmp_path, capsys, change,
 def test_npz_of_any_float_in_any_byte_order(tmp_path):
     one = clip()
     values = youtube8m.dequantise(one.visual).numpy()
+    values.flat[:2] = -2, 2 + 4 / 512  # the ends of what is written
+    one.visual.flatten()[:2] = torch.tensor([0, 255])
     for dtype in (">f4", "<f8"):
         np.savez(tmp_path / "x.npz", rgb=values.astype(dtype), audio=one.audio, labels=[])
         (read,) = find_clips(str(tmp_path), *SIZES).clips([0])

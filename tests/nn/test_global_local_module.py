@@ -111,6 +111,8 @@ def test_parameter_counts():
         ({"pattern": None, "variant": "gate_output"}, ValueError, "needs a pattern"),
         ({"variant": "gate_map"}, ValueError, "max_len from 1 to 512, got None"),
         ({"variant": "gate_map", "max_len": 513}, ValueError, "max_len from 1 to 512, got 513"),
+        ({"variant": "gate_map", "max_len": "300"}, ValueError, "max_len from 1 to 512, got '300'"),
+        ({"variant": "gate_map", "max_len": 30.0}, ValueError, "integer max_len .* got 30.0"),
         ({"renormalise": True}, ValueError, "renormalise is for 'gate_map'"),
     ],
 )

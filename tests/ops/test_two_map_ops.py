@@ -293,6 +293,13 @@ REFUSED = {
     "both: boolean multiplier": (
         {"multiplier": gate.bool()}, TypeError, "multiplier must be float32",
     ),
+    "both: multiplier is a list": (
+        {"multiplier": [1.0]}, TypeError, "multiplier must be a Tensor, got list",
+    ),
+    "both: bias by its factors": (
+        {"bias": lam_kernels.LowRankMask(x, x)}, TypeError,
+        r"bias must be a Tensor, got a LowRankMask, .*: pass its \.dense\(\)",
+    ),
     "both: short key_mask": (
         {"key_mask": torch.ones(2, 4).bool()}, ValueError, r"\[B, Lk\] = \[2, 5\], got",
     ),

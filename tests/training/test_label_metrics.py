@@ -63,6 +63,12 @@ def test_shapes_are_checked():
         label_metrics(torch.rand(2, 3), torch.zeros(2, 4))
 
 
+def test_nan_scores_are_refused():
+    with pytest.raises(ValueError, match="scores must not be NaN, got some in 1 of 2 samples"):
+        metrics([[0.5, math.nan, 0.1], [0.1, 0.2, 0.3]], [[1, 0, 0], [0, 1, 0]])
+    assert metrics([[math.inf, -math.inf]], [[1, 0]]).gap == 1
+
+
 def by_the_definition(scores, labels, k):
     """Loops over Python numbers; distinct scores."""
     N, C = scores.shape

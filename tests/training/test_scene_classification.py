@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ import torch
 
 from lam_kernels.data import tfrecord
 from lam_kernels.data.youtube8m import Clip, encode_clip
+from lam_kernels.nn import GlobalLocalAttention
 from lam_kernels.training.checkpoint import load_checkpoint
 from lam_kernels.training.distributed import Ranks
+from lam_kernels.training.tasks import scene_classification
+from lam_kernels.user_error import UserError
 
 SIZES = "--classes 4 --visual-width 8 --audio-width 8 --heads 2 --max-len 12 --radius 2"
 SMALL = f"{SIZES} --epochs 2 --batch-size 8 --no-pictures --backend reference"
@@ -184,6 +188,101 @@ def test_refusals(run, lam, refused, tmp_path, shards):
     refused(lam(other), "is of the task 'scene-classification'")
 
 
+@pytest.fixture
+def growing(shards, tmp_path):
+    """(glob of a copy of the clips, what adds one more shard to it)"""
+    folder = tmp_path / "growing"
+    shutil.copytree(Path(shards).parent, folder)
+    return str(folder / "*.tfrecord"), lambda: shutil.copy(
+        folder / "0.tfrecord", folder / "2.tfrecord"
+    )
+
+
+def test_a_fifth_is_not_drawn_again_from_other_clips(run, lam, refused, tmp_path, shards, growing):
+    """It would hold clips that were trained on."""
+    data, grow = growing
+    assert run("--epochs", "1", "--batch-size", "40", data=data)[0] == 0
+    grow()
+    path = checkpoint_of(tmp_path)
+    changed = f"{data}: the clips changed, 60 are found and {path} was written with 40: give "
+    command = f"evaluate scene-classification --checkpoint {path}"
+    refused(lam(command), f"{changed}--data with clips that were not trained on")
+    code, out, err = lam(command, "--data", shards)
+    assert (code, "\n40 clips: " in out) == (0, True), err
+    again = f"train scene-classification --no-pictures --epochs 2 --resume {path}"
+    words = f"{changed}--eval-data with clips that were not trained on"
+    refused(lam(again), words)
+    refused(lam(again, "--data", data), words)
+    code, _, err = lam(again, "--eval-data", shards)
+    assert code == 0, err
+
+
+def test_resuming_keeps_the_test_of_the_checkpoint(run, lam, refused, tmp_path, shards, growing):
+    data, grow = growing
+    path = checkpoint_of(tmp_path)
+
+    def config():
+        return load_checkpoint(path, "scene-classification").config
+
+    assert run("--epochs", "1", "--batch-size", "40", "--eval-data", data)[0] == 0
+    again = f"train scene-classification --no-pictures --resume {path} --epochs"
+    one = shards.replace("*", "0")
+    assert lam(f"{again} 2 --data {one}")[0] == 0
+    assert (config()["data"], config()["train_clips"]) == (one, 20)
+    assert (config()["eval_data"], config()["test_clips"]) == (data, 40)
+    grow()
+    changed = f"{data}: the clips changed, 60 are found and {path} was written with 40: give "
+    refused(lam(f"evaluate scene-classification --checkpoint {path}"), f"{changed}--data")
+    refused(lam(f"{again} 3"), f"{changed}--eval-data")
+    assert lam(f"{again} 3 --eval-data {data} --data {data}")[0] == 0
+    Path(data.replace("*", "1")).unlink()
+    refused(lam(f"{again} 4 --eval-data {one}"), f"{data}: the clips changed, 40 are found", "60")
+
+
+def test_counts_in_a_checkpoint_are_checked(run, tmp_path):
+    assert run("--epochs", "1")[0] == 0
+    checkpoint = load_checkpoint(checkpoint_of(tmp_path), "scene-classification")
+    checkpoint.config["test_clips"] = "8"
+    with pytest.raises(UserError, match=r"record config\.test_clips is '8', expected a number"):
+        scene_classification._checked_run(checkpoint, None, False)
+
+
+def test_clips_that_were_measured_are_counted(run, lam, tmp_path, damaged):
+    assert run("--epochs", "1")[0] == 0
+    line = f"evaluate scene-classification --checkpoint {checkpoint_of(tmp_path)}"
+    code, out, err = lam(line, "--data", damaged)
+    assert code == 0, err
+    assert "\n39 clips: GAP@20 " in out
+
+
+def test_nan_scores_are_not_measured(run, lam, tmp_path, shards, monkeypatch):
+    assert run("--epochs", "1")[0] == 0
+    nan = lambda self, visual, audio, frames: torch.full((len(visual), 4), torch.nan)  # noqa: E731
+    monkeypatch.setattr(scene_classification.SceneClassifier, "forward", nan)
+    line = f"evaluate scene-classification --checkpoint {checkpoint_of(tmp_path)}"
+    code, _, err = lam(line)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{shards}: the model's scores of test clips are NaN" in err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[0]", '{"seed": 1}', pytest.param("[" * 10**5, id="deep")]
+)
+def test_the_demo_prepares_its_data_again(tmp_path, monkeypatch, content):
+    written = []
+    monkeypatch.setattr(
+        "lam_kernels.data.scene_sequences.write_scene_shards",
+        lambda folder, seed: written.append(seed) or ("train", "test"),
+    )
+    done = tmp_path / "data" / "complete.json"
+    done.parent.mkdir()
+    done.write_text(content)
+    assert scene_classification._demo_data(tmp_path, 0) == ("train", "test")
+    scene_classification._demo_data(tmp_path, 0)
+    assert written == [0]
+    assert json.loads(done.read_text()) == {"seed": 0}
+
+
 def test_analyse_draws_and_prints(run, lam, tmp_path):
     pytest.importorskip("matplotlib")
     assert run(variant="gate_output")[0] == 0
@@ -196,6 +295,31 @@ def test_analyse_draws_and_prints(run, lam, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("variant", "kinds"), [("global", 1), ("share", 2)])
+def test_analyse_draws_the_maps_that_are_used(run, lam, tmp_path, monkeypatch, variant, kinds):
+    """The baseline has no local attention; a head of "share" has one of both."""
+    pytest.importorskip("matplotlib")
+    assert run("--epochs", "1", variant=variant)[0] == 0
+    drawn = {}
+    monkeypatch.setattr(
+        scene_classification.pictures, "draw_sensitivity",
+        lambda path, profiles, curves: drawn.update(profiles),
+    )  # fmt: skip
+    whole, near = torch.rand(2, 1, 2, 3, 3)
+    monkeypatch.setattr(GlobalLocalAttention, "attention_maps", lambda self, x: (whole, near))
+    path = checkpoint_of(tmp_path, variant)
+    code, _, err = lam(f"analyse scene-classification --checkpoint {path}")
+    assert code == 0, err
+    names = [
+        f"{name}, {kind}" for name in ("visual", "audio") for kind in ("global", "local")[:kinds]
+    ]
+    assert list(drawn) == names
+    heads = whole[0].mean(0) if variant == "global" else whole[0, 0]
+    assert torch.equal(drawn["audio, global"], heads)
+    if kinds == 2:
+        assert torch.equal(drawn["audio, local"], near[0, 1])
+
+
 def test_what_other_processes_skipped_is_counted(monkeypatch):
     ranks, found = Ranks(), {("a", 0): "cut"}
     ranks.world = 2
@@ -206,6 +330,17 @@ def test_what_other_processes_skipped_is_counted(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
     ranks.gather(found)
     assert found == {("a", 0): "cut", ("b", 3): "cut"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_broken_header_is_told_by_one_process(run, growing, monkeypatch, first):
+    data, _ = growing
+    path = Path(data.replace("*", "0"))
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(Ranks, "first", first)
+    code, out, err = run("--epochs", "1", data=data)
+    assert code == 0, err
+    assert out.count("record 19: the file ends within it") == int(first)
 
 
 def test_two_processes_train_what_one_does(run, damaged, tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lam_kernels.models.scene_classifier import (
     PATTERNS,
@@ -79,7 +80,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--variant", choices=VARIANTS, help="this one only (default: all four)")
     run.add_argument("--data", metavar="GLOB", help="TFRecord shards, or a folder of .npz")
-    run.add_argument("--eval-data", metavar="GLOB", help="default: a fifth of --data, by the seed")
+    run.add_argument(
+        "--eval-data",
+        metavar="GLOB",
+        help="default: the checkpoint's with --resume, or a fifth of --data, by the seed",
+    )
     run.add_argument(
         "--corrupt",
         choices=("skip", "stop"),
@@ -157,11 +162,11 @@ class _Run:
             "test_clips": len(self.test),
         }  # fmt: skip
 
-    def load(self) -> None:
+    def load(self, quiet: bool = False) -> None:
         """Finds the clips; without data of its own the test is a fifth of all."""
-        self.train = _find(self.data, self.model, self.fatal)
+        self.train = _find(self.data, self.model, self.fatal, quiet)
         if self.eval_data is not None:
-            self.test = _find(self.eval_data, self.model, self.fatal)
+            self.test = _find(self.eval_data, self.model, self.fatal, quiet)
             return
         order = torch.randperm(
             len(self.train), generator=torch.Generator().manual_seed(self.loop.seed)
@@ -174,12 +179,12 @@ class _Run:
         )  # fmt: skip
 
 
-def _find(pattern: str, model: SceneClassifierConfig, fatal: bool):
+def _find(pattern: str, model: SceneClassifierConfig, fatal: bool, quiet: bool = False):
     optional_package("numpy", "reading clips")
     from lam_kernels.data.youtube8m import find_clips
 
     return find_clips(
-        pattern, model.visual_width, model.audio_width, model.classes, fatal=fatal
+        pattern, model.visual_width, model.audio_width, model.classes, fatal=fatal, quiet=quiet
     )  # fmt: skip
 
 
@@ -209,7 +214,9 @@ def train(args: argparse.Namespace) -> int:
 def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ranks: Ranks) -> int:
     from lam_kernels.data.youtube8m import collate, empty_clip
 
-    run.load()
+    run.load(quiet=not ranks.first)
+    if checkpoint:
+        _refuse_changed_clips(run, checkpoint, args)
     torch.manual_seed(run.loop.seed)
     model = SceneClassifier(run.model, backend=run.backend)
     torch.manual_seed(run.loop.seed)
@@ -249,7 +256,7 @@ def _train_one(run: _Run, folder: Path, checkpoint: Checkpoint | None, args, ran
         if ranks.mean(float(used)) == 0:
             raise UserError(f"{run.data}: no training clip can be read")
         if ranks.first:
-            metrics.append(_measure(model, run, args.device))
+            metrics.append(_measure(model, run, args.device)[0])
             history["accuracy"].append(metrics[-1].gap)
             save_checkpoint(
                 path, task=TASK, epoch=epoch, config=run.config(), history=history, model=model,
@@ -323,12 +330,21 @@ def _demo_data(out: Path, seed: int) -> tuple[str, str]:
 
     folder = out / "data"
     done = folder / "complete.json"
-    if done.exists() and json.loads(done.read_text()).get("seed") == seed:
+    if _prepared_seed(done) == seed:
         return str(folder / "train-*.tfrecord"), str(folder / "test-*.tfrecord")
     print(f"real sequences of installed packages become TFRecord shards in {folder}", flush=True)
     globs = write_scene_shards(folder, seed)
     atomic_write(done, json.dumps({"seed": seed}))
     return globs
+
+
+def _prepared_seed(done: Path) -> int | None:
+    """None also where the file cannot be understood: the data is then prepared again."""
+    try:
+        content = json.loads(done.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return content.get("seed") if isinstance(content, dict) else None
 
 
 def _run_of_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> _Run:
@@ -349,10 +365,44 @@ def _run_of_checkpoint(checkpoint: Checkpoint, args: argparse.Namespace) -> _Run
             "give a larger --epochs to go on"
         )
     if args.data is not None:
-        run.data, run.eval_data = args.data, args.eval_data
-    elif args.eval_data is not None:
+        run.data = args.data
+    if args.eval_data is not None:
         run.eval_data = args.eval_data
     return run
+
+
+def _refuse_changed_clips(run: _Run, checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """A resumed run goes on with the clips of its checkpoint, except for those that are given."""
+    config = checkpoint.config
+    if run.eval_data is None:
+        if run.data == config["data"]:
+            _refuse_drawn_again(run, checkpoint, "--eval-data")
+        return
+    if args.data is None and config["eval_data"] is not None:
+        _refuse_changed(checkpoint, run.data, len(run.train), config["train_clips"], "--data")
+    if args.eval_data is None:
+        _refuse_changed(
+            checkpoint, run.eval_data, len(run.test), config["test_clips"], "--eval-data"
+        )
+
+
+def _refuse_drawn_again(run: _Run, checkpoint: Checkpoint, option: str) -> None:
+    """A fifth of another list is another fifth: clips of the training would be tested on."""
+    _refuse_changed(
+        checkpoint, run.data, len(run.train) + len(run.test),
+        checkpoint.config["train_clips"] + checkpoint.config["test_clips"],
+        f"{option} with clips that were not trained on",
+    )  # fmt: skip
+
+
+def _refuse_changed(
+    checkpoint: Checkpoint, pattern: str, found: int, recorded: int, what: str
+) -> None:
+    if found != recorded:
+        raise UserError(
+            f"{pattern}: the clips changed, {found} are found and {checkpoint.path} was written "
+            f"with {recorded}: give {what}"
+        )
 
 
 def _checked_run(checkpoint: Checkpoint, backend: str | None, fatal: bool) -> _Run:
@@ -364,6 +414,10 @@ def _checked_run(checkpoint: Checkpoint, backend: str | None, fatal: bool) -> _R
     ):  # fmt: skip
         if type(config.get(record)) not in types:
             raise UserError(f"{path}: the record config.{record} is {config.get(record)!r}")
+    for record in ("train_clips", "test_clips"):
+        count = config.get(record)
+        if type(count) is not int or count < 1:
+            raise UserError(f"{path}: the record config.{record} is {count!r}, expected a number")
     parts = []
     for record, kind in (("model", SceneClassifierConfig), ("loop", LoopOptions)):
         try:
@@ -385,12 +439,13 @@ def _checked_run(checkpoint: Checkpoint, backend: str | None, fatal: bool) -> _R
 
 
 @torch.no_grad()
-def _measure(model: SceneClassifier, run: _Run, device: str) -> LabelMetrics:
-    """The four metrics on the test clips."""
+def _measure(model: SceneClassifier, run: _Run, device: str) -> tuple[LabelMetrics, int]:
+    """The four metrics on the test clips that can be read, and how many those are."""
     from lam_kernels.data.youtube8m import collate
 
     was_training = model.training
     model.eval()
+    source = run.eval_data or run.data
     meter, count, labelled = LabelMeter(), 0, False
     for indices in torch.arange(len(run.test)).split(run.loop.batch_size):
         clips = run.test.clips(indices.tolist())
@@ -399,22 +454,26 @@ def _measure(model: SceneClassifier, run: _Run, device: str) -> LabelMetrics:
         visual, audio, frames, labels = collate(clips, run.model.classes, run.model.max_len)
         with run.loop.autocast(device):
             logits = model(visual.to(device), audio.to(device), frames.to(device))
+        if bool(logits.isnan().any()):
+            raise UserError(
+                f"{source}: the model's scores of test clips are NaN: train it again with a "
+                "smaller --lr"
+            )
         meter.add(logits.float().sigmoid(), labels)
         count, labelled = count + len(clips), labelled or bool(labels.any())
     model.train(was_training)
-    source = run.eval_data or run.data
     if not count:
         raise UserError(f"{source}: no test clip can be read")
     if not labelled:
         raise UserError(f"{source}: none of {count} test clips has a label to measure by")
-    return meter.metrics()
+    return meter.metrics(), count
 
 
 def evaluate(args: argparse.Namespace) -> int:
     checkpoint, run, model = _restored(args)
-    found = _measure(model, run, args.device)
+    found, count = _measure(model, run, args.device)
     print(f"{checkpoint.path}: {run.variant}, epoch {checkpoint.epoch} of {run.loop.epochs}")
-    print(f"{len(run.test)} clips: " + ", ".join(f"{n} {v}" for n, v in _named(found).items()))
+    print(f"{count} clips: " + ", ".join(f"{n} {v}" for n, v in _named(found).items()))
     recorded = read_history(checkpoint)["accuracy"]
     if recorded and args.data is None:
         print(f"recorded in training: GAP@20 {recorded[-1]:.4f}")
@@ -428,11 +487,16 @@ def _restored(args) -> tuple[Checkpoint, _Run, SceneClassifier]:
     checkpoint = load_checkpoint(args.checkpoint, TASK)
     run = _checked_run(checkpoint, args.backend, args.corrupt == "stop")
     check_backend(run.backend, args.device)
-    if args.data is None:
-        run.load()
-    else:
+    if args.data is not None:
         run.eval_data = args.data
-        run.test = _find(args.data, run.model, run.fatal)
+    if run.eval_data is None:
+        run.load()
+        _refuse_drawn_again(run, checkpoint, "--data")
+    else:
+        run.test = _find(run.eval_data, run.model, run.fatal)
+        if args.data is None:
+            recorded = checkpoint.config["test_clips"]
+            _refuse_changed(checkpoint, run.eval_data, len(run.test), recorded, "--data")
     model = SceneClassifier(run.model, backend=run.backend)
     checkpoint.into(model)
     return checkpoint, run, model.to(args.device).eval()
@@ -532,8 +596,20 @@ def _draw_sensitivity(checkpoints, clip: int, norm: str, path: Path, args=None) 
             if shows_profiles:
                 with torch.no_grad():
                     maps = block.attention.attention_maps(block.norm(x.to(given.device)))
-                for kind, weights in zip(("global", "local"), maps[:2], strict=True):
+                for kind, weights in _used_maps(maps, run.variant).items():
                     profiles[f"{name}, {kind}"] = weights[0].mean(0).cpu()
     pictures.draw_sensitivity(path, profiles, curves)
     print(f"picture: {path}")
     return 0
+
+
+def _used_maps(maps: tuple[Tensor, Tensor], variant: str) -> dict[str, Tensor]:
+    """By kind, the maps [B, H, L, L] of the heads that use them: in the baseline no head has a
+    local one, in "share" each has one of the two."""
+    whole, near = maps
+    if variant == "global":
+        return {"global": whole}
+    if variant == "share":
+        half = whole.shape[1] // 2
+        return {"global": whole[:, :half], "local": near[:, half:]}
+    return {"global": whole, "local": near}
