@@ -176,6 +176,29 @@ def test_a_class_changed_since_is_not_taken_back():
         report.undo()
 
 
+def test_a_forward_replaced_since_is_to_be_removed_first():
+    """accelerate's hooks keep the forward of the class that a module has when they come."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    hooks = accelerate.hooks
+    model, batch = Model().eval(), inputs()
+    before, expected = state(model), model(**batch)
+    report = swap(model)
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    between = state(model)
+    for taking_back in (report.undo, lambda: report.check(batch)):
+        with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn: its forward was replaced"):
+            taking_back()
+        assert state(model) == between
+    hooks.remove_hook_from_module(model, recurse=True)
+    report.undo()
+    assert {k: v for k, v in state(model).items() if k in before} == before
+    assert torch.equal(model(**batch), expected)
+    hooks.add_hook_to_module(model.encoder.layers[0].self_attn, hooks.ModelHook())
+    with pytest.raises(RuntimeError, match=r"its forward was replaced"):
+        report.apply()
+
+
 def test_a_second_learned_mask_is_not_taken():
     model = Model()
     swap(model, learned_mask=LearnedMask(8))
@@ -280,6 +303,25 @@ def test_patterns_by_name_and_by_head():
     with pytest.warns(UserWarning, match="nothing to swap"):
         report = swap(model, patterns=[Toeplitz(1), None])
     assert "expected one for each of 4 heads" in report.skipped[NAMES[0]]
+
+
+def test_a_mask_goes_where_its_module_went():
+    model, batch = Model(), inputs()
+    report = swap(model, learned_mask=LearnedMask(8))
+    masks = report.learned_parameters()
+    report.undo()
+    model.double()
+    batch["x"] = batch["x"].double()
+    expected = model(**batch)
+    report.apply()
+    torch.testing.assert_close(model(**batch), expected)
+    assert [id(p) for p in report.learned_parameters()] == [id(p) for p in masks]
+    assert {p.dtype for p in masks} == {torch.float64}
+    attention = model.encoder.layers[0].self_attn
+    attention.lam.float()  # whoever wants it otherwise gets it back so
+    with report.taken_out():
+        pass
+    assert attention.lam.layers[0].weight.dtype == torch.float32
 
 
 def test_copies_and_pickles(spy):
