@@ -14,7 +14,7 @@ from lam_kernels.nn.learnable_attention_mask import LearnableAttentionMask
 
 @dataclass(frozen=True)
 class LearnedMask:
-    """Which learned mask swap() adds to every self-attention module (LAM, arXiv 2406.02761).
+    """Which learned mask swap() adds to self-attention modules (LAM, arXiv 2406.02761).
 
     It starts as the identity, so that the model's outputs are unchanged at step 0, and is a
     submodule named `lam` of the attention module (peft keeps it with modules_to_save=["lam"]).
@@ -24,8 +24,8 @@ class LearnedMask:
     Args:
         max_len: longest sequence, in tokens as the attention modules see them.
         scope: "layer" (each module reads its own input, the paper's main results) or "global" (the
-            first module's generator serves all of one stack of layers; not with gradient
-            checkpointing).
+            first module's generator serves all of one stack of layers, and another stack takes a
+            LearnedMask object of its own; not with gradient checkpointing).
         fusion, depth, hidden, activation, mask_form: see lam_kernels.nn.LearnableAttentionMask.
         heads: "shared" (one mask for all heads, as in the paper) or "each".
     """
@@ -114,12 +114,13 @@ def catch_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
     source.tokens = args[0] if args else kwargs["hidden_states"]
 
 
-def check_positions(length_query: int, length_key: int) -> None:
+def check_positions(name: str, length_query: int, length_key: int) -> None:
     if length_query != length_key:
         raise ValueError(
-            f"a learned mask has one column for each key position, so it needs as many keys as "
-            f"queries: got {length_query} queries and {length_key} keys. A key/value cache "
-            "(generate with use_cache=True) and cross-attention cannot have one"
+            f"{name or 'the model'}: a learned mask has one column for each key position, so it needs as many "
+            f"keys as queries: got {length_query} queries and {length_key} keys. A key/value cache "
+            "(generate with use_cache=True) and cross-attention cannot have one. Leave such a "
+            f"module out by name: learned_mask={{{name!r}: None, '*': LearnedMask(...)}}"
         )
 
 

@@ -93,7 +93,7 @@ def interface_attention(
         bias = attention_mask if bias is None else attention_mask + bias
     out = attend(
         module, query, key, value, bias=bias, attn_mask=visible, padding=attention_mask,
-        causal=causal, scale=scaling, dropout_p=dropout,
+        causal=causal, cached=_may_have_cache(module, is_causal), scale=scaling, dropout_p=dropout,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
@@ -108,6 +108,12 @@ def _is_causal(module: nn.Module, keyword: bool | None) -> bool:
             f"{type(module).__name__} does not say whether it is causal, and there is no mask: "
             'use attn_implementation="eager" and lam_kernels.swap.swap(model)'
         )
+    return said is None or bool(said)
+
+
+def _may_have_cache(module: nn.Module, keyword: bool | None) -> bool:
+    # only decoders have one; who does not say is one, as in transformers' rule for sdpa
+    said = getattr(module, "is_causal", None) if keyword is None else keyword
     return said is None or bool(said)
 
 

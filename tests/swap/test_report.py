@@ -277,6 +277,9 @@ def test_a_backend_that_cannot_serve_is_the_reason():
     ("options", "message"),
     [
         ({"learned_mask": 8}, "learned_mask must be a LearnedMask or None, got int"),
+        ({"learned_mask": {"nothing.*": None}}, "learned_mask: no attention module is called 'not"),
+        ({"learned_mask": {"*": 8}}, r"learned_mask\['\*'\] must be a LearnedMask .* got int"),
+        ({"patterns": {0: None}}, "patterns: no attention module is called 0"),
         ({"patterns": "Causal"}, "patterns must be"),
         ({"patterns": {"nothing.*": Toeplitz(1)}}, "no attention module is called 'nothing"),
         ({"patterns": {"encoder.layers.0": Toeplitz(1)}}, "no attention module is called 'enc"),

@@ -212,6 +212,26 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(*[module(*x, need_weights=False)[0] for _ in range(2)])
 
 
+def test_a_pattern_for_all_is_not_for_cross_attention():
+    """What a module is called does not say that it is one: its first call does."""
+    model, (query, memory, _) = nn.ModuleDict({"read": attention(batch_first=True)}), sequences()
+    with swap(model, patterns=Toeplitz(1)), pytest.raises(ValueError, match=(
+        r"read was called with 5 queries and 7 keys .* patterns=\{'read': None, '\*': ...\}"
+    )):  # fmt: skip
+        model["read"](query, memory, memory, need_weights=False)
+    expected = model["read"](query, memory, memory, need_weights=False)[0]
+    with swap(model, patterns={"read": None, "*": Toeplitz(1)}):
+        torch.testing.assert_close(
+            model["read"](query, memory, memory, need_weights=False)[0], expected
+        )
+    hidden = torch.ones(L, S).tril(S - L + 1).triu(S - L - 1) == 0
+    expected = model["read"](query, memory, memory, attn_mask=hidden, need_weights=False)[0]
+    with swap(model, patterns={"read": Toeplitz(1)}):  # asked for by name: from the last key on
+        torch.testing.assert_close(
+            model["read"](query, memory, memory, need_weights=False)[0], expected
+        )
+
+
 # ---- transformers of torch
 
 
