@@ -83,9 +83,9 @@ def attend(
 def _cross_attention(name: str, Lq: int, Lk: int) -> str:
     return (
         f"{name or 'the model'} was called with {Lq} queries and {Lk} keys, none of them from a "
-        "cache: that is cross-attention, which a pattern for all modules is not meant for. Give patterns by name "
-        f"and leave it out: patterns={{{name!r}: None, '*': ...}}; a pattern under its whole name "
-        "counts from the last key"
+        "cache: that is cross-attention, which a pattern for all modules is not meant for. Give "
+        f"patterns by name and leave it out: patterns={{{name!r}: None, '*': ...}}; a pattern "
+        "under its whole name counts from the last key"
     )
 
 

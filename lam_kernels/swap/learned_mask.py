@@ -117,9 +117,10 @@ def catch_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
 def check_positions(name: str, length_query: int, length_key: int) -> None:
     if length_query != length_key:
         raise ValueError(
-            f"{name or 'the model'}: a learned mask has one column for each key position, so it needs as many "
-            f"keys as queries: got {length_query} queries and {length_key} keys. A key/value cache "
-            "(generate with use_cache=True) and cross-attention cannot have one. Leave such a "
+            f"{name or 'the model'}: a learned mask has one column for each key "
+            f"position, so it needs as many keys as queries: got {length_query} queries and "
+            f"{length_key} keys. A key/value cache (generate with use_cache=True) and "
+            "cross-attention cannot have one. Leave such a "
             f"module out by name: learned_mask={{{name!r}: None, '*': LearnedMask(...)}}"
         )
 

@@ -216,7 +216,7 @@ def test_a_pattern_for_all_is_not_for_cross_attention():
     """What a module is called does not say that it is one: its first call does."""
     model, (query, memory, _) = nn.ModuleDict({"read": attention(batch_first=True)}), sequences()
     with swap(model, patterns=Toeplitz(1)), pytest.raises(ValueError, match=(
-        r"read was called with 5 queries and 7 keys .* patterns=\{'read': None, '\*': ...\}"
+        r"read was called with 5 queries and 7 keys, .* patterns=\{'read': None, '\*': ...\}"
     )):  # fmt: skip
         model["read"](query, memory, memory, need_weights=False)
     expected = model["read"](query, memory, memory, need_weights=False)[0]
