@@ -19,7 +19,10 @@ from .learned_mask import catch_tokens
 NAME = "lam_kernels"
 
 # names of the query projection, in the order tried; its width is what a learned mask reads
-_QUERY_PROJECTIONS = ("q_proj", "query", "q", "qkv_proj", "qkv", "query_key_value", "c_attn")
+_QUERY_PROJECTIONS = (
+    "q_proj", "query", "q", "qkv_proj", "qkv", "query_key_value", "c_attn", "q_lin", "Wqkv",
+    "q_a_proj",
+)  # fmt: skip
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 # whose masks this family understands: a boolean one or None, or one that is added
 _UNDERSTOOD = ("sdpa", "eager", NAME, None)
@@ -166,7 +169,7 @@ def heads(module: nn.Module) -> int:
 
 
 def head_dim(module: nn.Module) -> int:
-    for name in ("head_dim", "attention_head_size", "key_value_proj_dim"):
+    for name in ("head_dim", "attention_head_size", "key_value_proj_dim", "qk_head_dim"):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
     count = heads(module)
@@ -181,7 +184,8 @@ def in_features(module: nn.Module) -> int:
 
 def _query_width(module: nn.Module) -> int:
     for name in _QUERY_PROJECTIONS:
-        width = getattr(getattr(module, name, None), "in_features", None)
+        projection = getattr(module, name, None)
+        width = getattr(projection, "in_features", getattr(projection, "nx", None))  # of a Conv1D
         if width is not None:
             return width
     return 0
