@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +66,21 @@ class LearnedMask:
         )
 
 
-class SharedMask:
+class _OfAThread(threading.local):
+    """What is kept on the way through a forward pass, for each thread that runs the model."""
+
+    def __reduce__(self):  # a copied or pickled model starts without what a past batch left
+        return type(self), ()
+
+
+class SharedMask(_OfAThread):
     """The mask of a global LAM between the module that makes it and those that use it."""
 
-    def __init__(self):
-        self.mask: Tensor | LowRankMask | None = None
+    mask: Tensor | LowRankMask | None = None
 
-    def __reduce__(self):  # a copied or pickled model starts without the mask of a past batch
-        return SharedMask, ()
+
+class _Caught(_OfAThread):
+    tokens: Tensor | None = None
 
 
 @dataclass
@@ -82,11 +90,13 @@ class MaskSource:
     fusion: str
     makes: bool  # this module owns a generator
     shared: SharedMask | None = None  # scope "global"
-    tokens: Tensor | None = None  # caught on the way in, where the op is called too far inside
+    # tokens on the way in, where the op is called too far inside
+    caught: _Caught = field(default_factory=_Caught, compare=False)
 
     def take(self, module: nn.Module, tokens: Tensor | None) -> Tensor | LowRankMask:
         """M of this forward pass, [B, 1|H, L, L]."""
-        tokens, self.tokens = (self.tokens if tokens is None else tokens), None
+        tokens = self.caught.tokens if tokens is None else tokens
+        self.caught.tokens = None
         if self.shared is None:
             return module.lam(tokens)
         if torch._C._current_graph_task_id() != -1:
@@ -105,13 +115,13 @@ class MaskSource:
         return self.shared.mask
 
     def copy(self) -> MaskSource:
-        return dataclasses.replace(self, tokens=None)
+        return dataclasses.replace(self, caught=_Caught())
 
 
 def catch_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook: keeps the hidden states, which the attention function does not get."""
     source = module.__dict__["lam_swap"].source
-    source.tokens = args[0] if args else kwargs["hidden_states"]
+    source.caught.tokens = args[0] if args else kwargs["hidden_states"]
 
 
 def check_positions(name: str, length_query: int, length_key: int) -> None:

@@ -46,8 +46,10 @@ def swap(
     Parameters, buffers, hooks, optimizer references and state_dict keys stay what they are.
 
     Order: swap before torch.compile, DDP and FSDP (a learned mask has to be there when they collect
-    the parameters); before or after peft, with modules_to_save=["lam"] when a learned mask was
-    added before it.
+    the parameters); before or after peft, a learned mask before it and with
+    modules_to_save=["lam"]: one that comes later trains, but peft's save_pretrained does not write
+    it, which a warning says. A later model.set_attn_implementation(...) does not reach modules that
+    are swapped: undo first.
 
     Args:
         learned_mask: adds a learned mask to every self-attention module, at the identity, so that
@@ -135,6 +137,13 @@ def swap(
     report.apply()
     if not changed:
         warnings.warn(f"swap() found nothing to swap:\n{report}", stacklevel=2)
+    if report.learned_parameters() and _has_adapters(model):
+        warnings.warn(
+            "the model has adapters of peft already, whose save_pretrained() will not write the "
+            'learned masks: swap first and give peft modules_to_save=["lam"], or save '
+            "report.learned_parameters() yourself",
+            stacklevel=2,
+        )
     return report
 
 
@@ -149,6 +158,10 @@ def check_backend(backend) -> None:
 def _stack(name: str) -> str:
     """The layers that a module is one of: a mask of other tokens has nothing to say to it."""
     return re.sub(r"\d+", "*", name)
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules())
 
 
 @dataclass(frozen=True)

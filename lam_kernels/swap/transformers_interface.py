@@ -79,10 +79,10 @@ def interface_attention(
                 f"{type(module).__name__} {what} ({name}), which the kernels do not: use "
                 'attn_implementation="eager" for this model'
             )
-    if keywords.get("output_attentions"):
+    if _wants_weights(module, keywords.get("output_attentions")):
         warnings.warn(
             "output_attentions=True: the kernels store no attention weights, None is returned. "
-            'Use attn_implementation="eager" where they are wanted',
+            'Use attn_implementation="eager" where they are wanted, without a swap',
             stacklevel=2,
         )
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, one set for the batch
@@ -112,6 +112,12 @@ def _is_causal(module: nn.Module, keyword: bool | None) -> bool:
             'use attn_implementation="eager" and lam_kernels.swap.swap(model)'
         )
     return said is None or bool(said)
+
+
+def _wants_weights(module: nn.Module, keyword: bool | None) -> bool:
+    if keyword is not None:
+        return keyword
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
 
 
 def _may_have_cache(module: nn.Module, keyword: bool | None) -> bool:

@@ -1,5 +1,7 @@
 """A learned mask in a model that exists: identity start, gradients, refusals, peft, recomputing."""
 
+import threading
+
 import pytest
 import torch
 from compared import assert_same, in_float64, run, wake
@@ -209,6 +211,28 @@ def test_float_masks_beside_a_learned_one(fusion):
     torch.testing.assert_close(out[1, :4], short[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_two_threads_keep_their_tokens_apart(scope):
+    """One stops in its last layer, between its tokens and its attention, until the other ran."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model = build("bert", "sdpa").eval()
+    swap(model, learned_mask=LearnedMask(9, scope=scope))
+    wake(model)
+    first, second = batch("bert"), right_padded("bert")
+    second["input_ids"] = second["input_ids"].flip(1)
+    expected = model(**first).last_hidden_state
+    projection = model.encoder.layer[-1].attention.self.query
+
+    def run_the_other(module, args):
+        handle.remove()
+        other = threading.Thread(target=lambda: model(**second))
+        other.start()
+        other.join()
+
+    handle = projection.register_forward_pre_hook(run_the_other)
+    torch.testing.assert_close(model(**first).last_hidden_state, expected)
+
+
 # ---- positions
 
 
@@ -363,7 +387,8 @@ def test_peft_keeps_the_mask_trainable(name, first):
         model = peft.get_peft_model(
             model, peft.LoraConfig(r=2, target_modules=list(TINY[name].lora))
         )
-        report = swap(model, learned_mask=LearnedMask(9))
+        with pytest.warns(UserWarning, match=r"will not write the learned masks: swap first"):
+            report = swap(model, learned_mask=LearnedMask(9))
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all("lora" in n or "lam" in n for n in trainable)
     found = run(model, inputs)

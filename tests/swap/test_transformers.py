@@ -428,6 +428,18 @@ def test_copies_and_pickles_of_a_swapped_model_are_swapped(spy, tmp_path):
                 assert torch.equal(found[key], value)
 
 
+@pytest.mark.parametrize("place", ["config", "keyword"])
+def test_weights_that_are_wanted_are_warned_about(place):
+    model, inputs = build("bert"), batch("bert")
+    swap(model)
+    if place == "config":
+        model.config.output_attentions = True
+    else:
+        inputs["output_attentions"] = True
+    with pytest.warns(UserWarning, match="output_attentions=True: the kernels store no"):
+        assert not model(**inputs).attentions
+
+
 # ---- by name
 
 
