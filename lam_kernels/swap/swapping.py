@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from lam_kernels.ops import backends
@@ -190,6 +191,11 @@ class _Maker:
 def _check_arguments(model, learned_mask, patterns, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model is a {type(model).__name__}, and a scripted or traced model cannot be swapped: "
+            "swap the module that it was made of"
+        )
     for argument, given, check in (
         ("learned_mask", learned_mask, _check_mask),
         ("patterns", patterns, _check_pattern),

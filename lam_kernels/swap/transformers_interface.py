@@ -129,7 +129,8 @@ def _may_have_cache(module: nn.Module, keyword: bool | None) -> bool:
 def is_known(module: nn.Module) -> bool:
     if "transformers" not in sys.modules:
         return False
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    forward = getattr(type(module), "forward", None)  # scripted modules have none
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 

@@ -264,6 +264,24 @@ def test_everything_that_stays_is_named():
         assert reason in report.skipped[name], name
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+def test_a_scripted_model_cannot_be_swapped():
+    pytest.importorskip("transformers", reason="only then is every module looked at")
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model is a RecursiveScriptModule, .* cannot be swapped"):
+        swap(scripted)
+    beside = nn.ModuleList([scripted, nn.MultiheadAttention(16, 2)])
+    assert list(swap(beside).changed) == ["1"]
+
+
+def test_the_dense_layer_behind_an_attention_is_none():
+    class OddAttentionOutput(nn.Linear):
+        pass
+
+    model = nn.ModuleList([OddAttention(), OddAttentionOutput(2, 2), nn.MultiheadAttention(16, 2)])
+    assert list(swap(model).skipped) == ["0"]
+
+
 def test_a_backend_that_cannot_serve_is_the_reason():
     missing = [name for name, why in __import__("lam_kernels").backends().items() if why]
     if not missing:
