@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lam_kernels
 from lam_kernels import Toeplitz
 from lam_kernels.swap import LearnedMask, swap
 from lam_kernels.swap.torch_modules import SwappedMultiheadAttention
@@ -348,6 +349,23 @@ def test_compiles_to_one_graph(kind):
     for module in model.modules():
         if isinstance(module, SwappedMultiheadAttention):
             assert module.in_proj_weight.grad.abs().sum() > 0
+    torch._dynamo.reset()
+
+
+def test_keys_that_were_filled_in_place_keep_their_gradient_when_compiled():
+    """As DeepSeek's are; torch.compile takes what was allocated for something without one."""
+    torch._dynamo.reset()
+    x = torch.randn(B, H, S, 8, requires_grad=True)
+
+    def attend(x):
+        key = x.new_empty(x.shape)
+        key[..., :4].copy_(x[..., :4])
+        key[..., 4:].copy_(x[..., 4:] * 2)
+        return lam_kernels.masked_attention(x.detach(), key, x.detach()).square().sum()
+
+    expected = torch.autograd.grad(attend(x), x)
+    compiled = torch.compile(attend, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), expected)
     torch._dynamo.reset()
 
 
