@@ -21,8 +21,10 @@ class Settings:
     """What swap() asked of one module; module.__dict__["lam_swap"]."""
 
     owner: int  # number of the swap() call, so that undo can tell whose turn it is
+    name: str = ""  # of the module, for errors
     backend: str | None = None
     pattern: Pattern | Sequence[Pattern | None] | None = None
+    pattern_by_name: bool = False  # by the module's whole name: the caller knows what it is
     source: MaskSource | None = None  # of a learned mask
 
     def __post_init__(self):
@@ -50,14 +52,18 @@ def attend(
     padding: Tensor | None = None,  # whichever of the three says which keys are padding
     pattern: Pattern | None = None,  # beside the module's own
     causal: bool = False,
+    cached: bool = False,  # more keys than queries are those of earlier calls
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:  # [B, H, Lq, Dv]
     """softmax(fuse(scale Q K^T, M) + bias, hidden pairs left out) V with the module's settings."""
     settings = settings_of(module)
     multiplier, bias, gate = fused_operands(module, query, key, tokens, bias, padding)
-    if settings.pattern is not None and query.shape[2] != key.shape[2] and padding is not None:
-        check_last_key(padding)
+    if settings.pattern is not None and query.shape[2] != key.shape[2]:
+        if not settings.pattern_by_name and not (cached and query.shape[2] < key.shape[2]):
+            raise ValueError(_cross_attention(settings.name, query.shape[2], key.shape[2]))
+        if padding is not None:
+            check_last_key(padding)
     options = {
         "pattern": visible_pairs(settings.pattern, pattern, causal, query.shape[2], key.shape[2]),
         "attn_mask": attn_mask,
@@ -74,6 +80,15 @@ def attend(
     )
 
 
+def _cross_attention(name: str, Lq: int, Lk: int) -> str:
+    return (
+        f"{name or 'the model'} was called with {Lq} queries and {Lk} keys, none of them from a "
+        "cache: that is cross-attention, which a pattern for all modules is not meant for. Give "
+        f"patterns by name and leave it out: patterns={{{name!r}: None, '*': ...}}; a pattern "
+        "under its whole name counts from the last key"
+    )
+
+
 def fused_operands(
     module: nn.Module, query, key, tokens, bias: Tensor | None, padding: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -81,7 +96,7 @@ def fused_operands(
     source = settings_of(module).source
     if source is None:
         return None, bias, None
-    check_positions(query.shape[2], key.shape[2])
+    check_positions(settings_of(module).name, query.shape[2], key.shape[2])
     if padding is not None:
         check_right_padded(padding)
     mask = source.take(module, tokens)

@@ -49,8 +49,12 @@ class AddSubmodule:
 
     def __init__(self, module: nn.Module, name: str, new: nn.Module):
         self.module, self.name, self.new = module, name, new
+        self.left: tuple | None = None  # device and dtype of the module when it was taken out
 
     def apply(self) -> None:
+        place = _place_of(self.module)
+        if self.left not in (None, place):  # what was done to the module since is done to it too
+            self.new.to(*place)
         self.module.add_module(self.name, self.new)
 
     def current(self) -> nn.Module:
@@ -59,6 +63,12 @@ class AddSubmodule:
 
     def revert(self) -> None:
         self.new = self.module._modules.pop(self.name, self.new)  # somebody may have deleted it
+        self.left = _place_of(self.module)
+
+
+def _place_of(module: nn.Module) -> tuple:
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype
 
 
 class AddPreHook:

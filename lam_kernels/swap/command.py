@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 import warnings
@@ -100,6 +101,7 @@ def _made(factory: str) -> tuple[nn.Module, object]:
     made = getattr(module, function, None)
     if not callable(made):
         raise UserError(f"{name} has no function {function}")
+    _check_needs_no_argument(factory, made)
     result = made()
     model, batch = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
@@ -108,3 +110,17 @@ def _made(factory: str) -> tuple[nn.Module, object]:
             f"but returned {type(model).__name__}"
         )
     return model, batch
+
+
+def _check_needs_no_argument(factory: str, made) -> None:
+    try:
+        signature = inspect.signature(made)
+    except ValueError:  # of a builtin: the call itself will tell
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise UserError(
+            f"{factory} is called without arguments: {error}. Write a function that takes none and "
+            "calls it"
+        ) from None

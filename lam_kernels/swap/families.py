@@ -45,7 +45,8 @@ FAMILIES = (
 
 # what a module that reads another sequence is called by its parent or its class
 _CROSS = re.compile(r"cross|encoder_attn|EncDecAttention|multihead_attn", re.IGNORECASE)
-_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+# (a FooAttentionOutput is the dense layer behind one)
+_ATTENTION = re.compile(r"(attention|attn)(?!\w*output$)", re.IGNORECASE)
 
 
 def family_of(module: nn.Module) -> Family | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lam_kernels.nn.learnable_attention_mask import LearnableAttentionMask
 
 @dataclass(frozen=True)
 class LearnedMask:
-    """Which learned mask swap() adds to every self-attention module (LAM, arXiv 2406.02761).
+    """Which learned mask swap() adds to self-attention modules (LAM, arXiv 2406.02761).
 
     It starts as the identity, so that the model's outputs are unchanged at step 0, and is a
     submodule named `lam` of the attention module (peft keeps it with modules_to_save=["lam"]).
@@ -24,8 +25,8 @@ class LearnedMask:
     Args:
         max_len: longest sequence, in tokens as the attention modules see them.
         scope: "layer" (each module reads its own input, the paper's main results) or "global" (the
-            first module's generator serves all of one stack of layers; not with gradient
-            checkpointing).
+            first module's generator serves all of one stack of layers, and another stack takes a
+            LearnedMask object of its own; not with gradient checkpointing).
         fusion, depth, hidden, activation, mask_form: see lam_kernels.nn.LearnableAttentionMask.
         heads: "shared" (one mask for all heads, as in the paper) or "each".
     """
@@ -65,14 +66,21 @@ class LearnedMask:
         )
 
 
-class SharedMask:
+class _OfAThread(threading.local):
+    """What is kept on the way through a forward pass, for each thread that runs the model."""
+
+    def __reduce__(self):  # a copied or pickled model starts without what a past batch left
+        return type(self), ()
+
+
+class SharedMask(_OfAThread):
     """The mask of a global LAM between the module that makes it and those that use it."""
 
-    def __init__(self):
-        self.mask: Tensor | LowRankMask | None = None
+    mask: Tensor | LowRankMask | None = None
 
-    def __reduce__(self):  # a copied or pickled model starts without the mask of a past batch
-        return SharedMask, ()
+
+class _Caught(_OfAThread):
+    tokens: Tensor | None = None
 
 
 @dataclass
@@ -82,11 +90,13 @@ class MaskSource:
     fusion: str
     makes: bool  # this module owns a generator
     shared: SharedMask | None = None  # scope "global"
-    tokens: Tensor | None = None  # caught on the way in, where the op is called too far inside
+    # tokens on the way in, where the op is called too far inside
+    caught: _Caught = field(default_factory=_Caught, compare=False)
 
     def take(self, module: nn.Module, tokens: Tensor | None) -> Tensor | LowRankMask:
         """M of this forward pass, [B, 1|H, L, L]."""
-        tokens, self.tokens = (self.tokens if tokens is None else tokens), None
+        tokens = self.caught.tokens if tokens is None else tokens
+        self.caught.tokens = None
         if self.shared is None:
             return module.lam(tokens)
         if torch._C._current_graph_task_id() != -1:
@@ -105,21 +115,23 @@ class MaskSource:
         return self.shared.mask
 
     def copy(self) -> MaskSource:
-        return dataclasses.replace(self, tokens=None)
+        return dataclasses.replace(self, caught=_Caught())
 
 
 def catch_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook: keeps the hidden states, which the attention function does not get."""
     source = module.__dict__["lam_swap"].source
-    source.tokens = args[0] if args else kwargs["hidden_states"]
+    source.caught.tokens = args[0] if args else kwargs["hidden_states"]
 
 
-def check_positions(length_query: int, length_key: int) -> None:
+def check_positions(name: str, length_query: int, length_key: int) -> None:
     if length_query != length_key:
         raise ValueError(
-            f"a learned mask has one column for each key position, so it needs as many keys as "
-            f"queries: got {length_query} queries and {length_key} keys. A key/value cache "
-            "(generate with use_cache=True) and cross-attention cannot have one"
+            f"{name or 'the model'}: a learned mask has one column for each key "
+            f"position, so it needs as many keys as queries: got {length_query} queries and "
+            f"{length_key} keys. A key/value cache (generate with use_cache=True) and "
+            "cross-attention cannot have one. Leave such a "
+            f"module out by name: learned_mask={{{name!r}: None, '*': LearnedMask(...)}}"
         )
 
 

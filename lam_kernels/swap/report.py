@@ -66,6 +66,7 @@ class Report:
         """Puts the swap in place (again, after undo). Learned masks come back as they were."""
         if self._in_place:
             raise RuntimeError("this swap is in place already")
+        self._free_forwards()
         done = []
         try:
             for step in self._steps:
@@ -89,11 +90,32 @@ class Report:
             if isinstance(step, SetClass) and type(step.module) is not step.new:
                 raise RuntimeError(
                     f"a {step.new.__name__} became a {type(step.module).__name__} since (by "
-                    "fully_shard?): its old class cannot be given back"
+                    "fully_shard or a parametrization?): its old class cannot be given back"
                 )
+        self._free_forwards()
         for step in reversed(self._steps):
             step.revert()
         self._in_place = False
+
+    def _free_forwards(self) -> None:
+        """A forward on the instance goes on with the class that the module had when it was set: one
+        that does more than that is refused, before anything is changed."""
+        given = {step.module for step in self._steps if isinstance(step, SetClass)}
+        found = {
+            name: module
+            for name, module in self._modules.items()
+            if module in given and "forward" in module.__dict__
+        }
+        for name, module in found.items():
+            # remove_hook_from_module leaves the method of the class behind, bound to the instance
+            if getattr(module.forward, "__func__", None) is not type(module).forward:
+                raise RuntimeError(
+                    f"{name or type(module).__name__}: its forward was replaced on the instance "
+                    "since (accelerate's add_hook_to_module does), and would not follow the change "
+                    "of its class: remove that first (remove_hook_from_module)"
+                )
+        for module in found.values():
+            del module.forward
 
     @contextlib.contextmanager
     def taken_out(self):

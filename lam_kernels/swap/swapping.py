@@ -6,8 +6,10 @@ import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from lam_kernels.ops import backends
@@ -29,7 +31,7 @@ _CLOSED = ("DistributedDataParallel", "FullyShardedDataParallel")
 def swap(
     model: nn.Module,
     *,
-    learned_mask: LearnedMask | None = None,
+    learned_mask: LearnedMask | Mapping[str, LearnedMask | None] | None = None,
     patterns: Patterns | Mapping[str, Patterns] | None = None,
     backend: str | None = None,
     strict: bool = False,
@@ -45,15 +47,22 @@ def swap(
     Parameters, buffers, hooks, optimizer references and state_dict keys stay what they are.
 
     Order: swap before torch.compile, DDP and FSDP (a learned mask has to be there when they collect
-    the parameters); before or after peft, with modules_to_save=["lam"] when a learned mask was
-    added before it.
+    the parameters); before or after peft, a learned mask before it and with
+    modules_to_save=["lam"]: one that comes later trains, but peft's save_pretrained does not write
+    it, which a warning says. A later model.set_attn_implementation(...) does not reach modules that
+    are swapped: undo first.
 
     Args:
         learned_mask: adds a learned mask to every self-attention module, at the identity, so that
             the outputs are unchanged at step 0. Only keys under "....lam." are added.
-        patterns: a pattern (or one a head) that hides pairs in every self-attention module, or a
-            mapping from module names (`*` allowed, a whole name first) to patterns; a
-            cross-attention module gets one by its whole name only.
+        patterns: a pattern (or one a head) that hides pairs in every self-attention module. Where
+            keys come from a cache it counts from the last one; a module that turns out to be called
+            with another number of keys otherwise raises then, with its name.
+
+        Both may be a mapping from module names (`*` allowed; the whole name first, then the first
+        that fits) to these, or to None for modules that are left out. A cross-attention module gets
+        one by its whole name only.
+
         backend: of the op; default the first that serves the call.
         strict: raise when any attention module stays as it is, or when there is none.
 
@@ -69,61 +78,55 @@ def swap(
     Numerics: those of masked_attention. Dropout draws other random numbers than PyTorch's own.
     """
     _check_arguments(model, learned_mask, patterns, backend)
+    learned_masks, patterns = _by_name(learned_mask), _by_name(patterns)
     number = next(_numbers)
     changed: dict[str, str] = {}
     skipped = unknown_attention(model)
     steps: list[Change] = []
     swapped: dict[str, nn.Module] = {}
-    shared = SharedMask() if learned_mask is not None and learned_mask.scope == "global" else None
-    makers: list[tuple[int, int, str]] = []  # (width, heads, stack) of the global mask
+    makers: dict[int, _Maker] = {}  # of the global masks, by the LearnedMask that asks for one
     for name, module in model.named_modules():
         family = family_of(module)
         if family is None:
             continue
-        pattern = _pattern_for(name, patterns)
-        why = _why_it_stays(module, family, backend, learned_mask, pattern)
+        mask, pattern = _value_for(name, learned_masks), _value_for(name, patterns)
+        why = _why_it_stays(module, family, backend, mask, pattern)
         if why:
             skipped[name] = why
             continue
         old = settings_of(module)
         cross = is_cross_attention(name, module)
         source, notes = old.source, []
-        wanted = learned_mask if not cross else None
-        if wanted is not None:
-            width, heads = family.in_features(module), family.heads(module)
-            if shared is not None and makers and makers[0][:2] != (width, heads):
-                skipped[name] = (
-                    f"scope='global': it has width {width} and {heads} heads, the first module "
-                    f"{makers[0][0]} and {makers[0][1]}"
-                )
-                continue
-            if shared is not None and makers and makers[0][2] != _stack(name):
-                skipped[name] = (
-                    f"scope='global': it is one of {_stack(name)}, the mask belongs to "
-                    f"{makers[0][2]}: use scope='layer'"
-                )
-                continue
-            source = MaskSource(wanted.fusion, makes=shared is None or not makers, shared=shared)
-            makers.append((width, heads, _stack(name)))
-            if source.makes:
-                lam = wanted.build(width, heads, next(module.parameters()))
-                steps.append(AddSubmodule(module, "lam", lam))
-            notes.append(f"learned mask ({wanted.scope}, {wanted.fusion})")
-        elif learned_mask is not None:
+        if mask is not None and cross and name not in learned_masks:
             notes.append("no learned mask: cross-attention")
-        named = isinstance(patterns, Mapping) and name in patterns
-        if pattern is not None and cross and not named:
+            mask = None
+        elif mask is not None:
+            made = _Maker(family.in_features(module), family.heads(module), _stack(name))
+            first = makers.setdefault(id(mask), made) if mask.scope == "global" else made
+            why = first.why_not_for(made)
+            if why:
+                skipped[name] = why
+                continue
+            shared = first.shared if mask.scope == "global" else None
+            source = MaskSource(mask.fusion, makes=first is made, shared=shared)
+            if source.makes:
+                lam = mask.build(made.width, made.heads, next(module.parameters()))
+                steps.append(AddSubmodule(module, "lam", lam))
+            notes.append(f"learned mask ({mask.scope}, {mask.fusion})")
+        if pattern is not None and cross and name not in patterns:
             notes.append("no pattern: cross-attention")
             pattern = None
         elif pattern is not None:
             notes.append("pattern")
         settings = Settings(
             number,
+            name,
             old.backend if backend is None else backend,
             old.pattern if pattern is None else pattern,
+            old.pattern_by_name if pattern is None else name in patterns,
             source,
         )
-        steps += family.changes(module, wanted is not None)
+        steps += family.changes(module, mask is not None)
         steps.append(SetAttribute(module, "lam_swap", settings))
         changed[name] = "; ".join(["masked_attention", *notes])
         swapped[name] = module
@@ -135,6 +138,13 @@ def swap(
     report.apply()
     if not changed:
         warnings.warn(f"swap() found nothing to swap:\n{report}", stacklevel=2)
+    if report.learned_parameters() and _has_adapters(model):
+        warnings.warn(
+            "the model has adapters of peft already, whose save_pretrained() will not write the "
+            'learned masks: swap first and give peft modules_to_save=["lam"], or save '
+            "report.learned_parameters() yourself",
+            stacklevel=2,
+        )
     return report
 
 
@@ -151,27 +161,67 @@ def _stack(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def _has_adapters(model: nn.Module) -> bool:
+    return any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules())
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """A module that makes a learned mask; of a global one, for those that come after it."""
+
+    width: int
+    heads: int
+    stack: str
+    shared: SharedMask = field(default_factory=SharedMask, compare=False)
+
+    def why_not_for(self, other: _Maker) -> str:
+        if (other.width, other.heads) != (self.width, self.heads):
+            return (
+                f"scope='global': it has width {other.width} and {other.heads} heads, the first "
+                f"module {self.width} and {self.heads}"
+            )
+        if other.stack != self.stack:
+            return (
+                f"scope='global': it is one of {other.stack}, the mask belongs to {self.stack}: "
+                "use scope='layer', or give learned_mask by name with another LearnedMask for it"
+            )
+        return ""
+
+
 def _check_arguments(model, learned_mask, patterns, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if learned_mask is not None and not isinstance(learned_mask, LearnedMask):
+    if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"learned_mask must be a LearnedMask or None, got {type(learned_mask).__name__}"
+            f"model is a {type(model).__name__}, and a scripted or traced model cannot be swapped: "
+            "swap the module that it was made of"
         )
-    if learned_mask is not None and type(model).__name__ in _CLOSED:
+    for argument, given, check in (
+        ("learned_mask", learned_mask, _check_mask),
+        ("patterns", patterns, _check_pattern),
+    ):
+        if not isinstance(given, Mapping):
+            check(given, argument, ", or a mapping from module names to these")
+            continue
+        names = [name for name, module in model.named_modules() if family_of(module)]
+        for key, value in given.items():
+            if not isinstance(key, str) or not any(fnmatchcase(name, key) for name in names):
+                raise ValueError(f"{argument}: no attention module is called {key!r}")
+            check(value, f"{argument}[{key!r}]", "")
+    if any(_by_name(learned_mask).values()) and type(model).__name__ in _CLOSED:
         raise ValueError(
             f"model is a {type(model).__name__}, which has collected its parameters already: "
             "swap a learned mask in first, then wrap"
         )
     check_backend(backend)
-    if isinstance(patterns, Mapping):
-        names = [name for name, module in model.named_modules() if family_of(module)]
-        for name in patterns:
-            if not any(fnmatchcase(other, name) for other in names):
-                raise ValueError(f"patterns: no attention module is called {name!r}")
-            _check_pattern(patterns[name], f"patterns[{name!r}]", "")
-    else:
-        _check_pattern(patterns, "patterns", ", or a mapping from module names to these")
+
+
+def _check_mask(value, name: str, more: str) -> None:
+    if not isinstance(value, LearnedMask | None):
+        raise TypeError(
+            f"{name} must be a LearnedMask or None, got {type(value).__name__}"
+            + (f" (expected one{more})" if more else "")
+        )
 
 
 def _check_pattern(value, name: str, more: str) -> None:
@@ -186,23 +236,24 @@ def _check_pattern(value, name: str, more: str) -> None:
         )
 
 
-def _pattern_for(name: str, patterns) -> Patterns | None:
-    if not isinstance(patterns, Mapping):
-        return patterns
-    if name in patterns:
-        return patterns[name]
-    return next((patterns[key] for key in patterns if fnmatchcase(name, key)), None)
+def _by_name(given) -> Mapping:
+    if given is None:
+        return {}
+    return given if isinstance(given, Mapping) else {"*": given}
 
 
-def _why_it_stays(
-    module: nn.Module, family: Family, backend: str | None, learned_mask, pattern
-) -> str:
+def _value_for(name: str, by_name: Mapping):
+    key = name if name in by_name else next((k for k in by_name if fnmatchcase(name, k)), None)
+    return by_name.get(key)
+
+
+def _why_it_stays(module: nn.Module, family: Family, backend: str | None, mask, pattern) -> str:
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (by a hook of accelerate?): swap first"
     why = family.refusal(module) or refusal(module, family.head_dim(module), backend)
     if why:
         return why
-    if learned_mask is not None:
+    if mask is not None:
         if settings_of(module).source is not None:
             return "it has a learned mask from an earlier swap"
         if hasattr(module, "lam"):

@@ -19,7 +19,10 @@ from .learned_mask import catch_tokens
 NAME = "lam_kernels"
 
 # names of the query projection, in the order tried; its width is what a learned mask reads
-_QUERY_PROJECTIONS = ("q_proj", "query", "q", "qkv_proj", "qkv", "query_key_value", "c_attn")
+_QUERY_PROJECTIONS = (
+    "q_proj", "query", "q", "qkv_proj", "qkv", "query_key_value", "c_attn", "q_lin", "Wqkv",
+    "q_a_proj",
+)  # fmt: skip
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads")
 # whose masks this family understands: a boolean one or None, or one that is added
 _UNDERSTOOD = ("sdpa", "eager", NAME, None)
@@ -76,10 +79,10 @@ def interface_attention(
                 f"{type(module).__name__} {what} ({name}), which the kernels do not: use "
                 'attn_implementation="eager" for this model'
             )
-    if keywords.get("output_attentions"):
+    if _wants_weights(module, keywords.get("output_attentions")):
         warnings.warn(
             "output_attentions=True: the kernels store no attention weights, None is returned. "
-            'Use attn_implementation="eager" where they are wanted',
+            'Use attn_implementation="eager" where they are wanted, without a swap',
             stacklevel=2,
         )
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, one set for the batch
@@ -93,7 +96,7 @@ def interface_attention(
         bias = attention_mask if bias is None else attention_mask + bias
     out = attend(
         module, query, key, value, bias=bias, attn_mask=visible, padding=attention_mask,
-        causal=causal, scale=scaling, dropout_p=dropout,
+        causal=causal, cached=_may_have_cache(module, is_causal), scale=scaling, dropout_p=dropout,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
@@ -111,10 +114,23 @@ def _is_causal(module: nn.Module, keyword: bool | None) -> bool:
     return said is None or bool(said)
 
 
+def _wants_weights(module: nn.Module, keyword: bool | None) -> bool:
+    if keyword is not None:
+        return keyword
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
+
+
+def _may_have_cache(module: nn.Module, keyword: bool | None) -> bool:
+    # only decoders have one; who does not say is one, as in transformers' rule for sdpa
+    said = getattr(module, "is_causal", None) if keyword is None else keyword
+    return said is None or bool(said)
+
+
 def is_known(module: nn.Module) -> bool:
     if "transformers" not in sys.modules:
         return False
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    forward = getattr(type(module), "forward", None)  # scripted modules have none
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
@@ -160,7 +176,7 @@ def heads(module: nn.Module) -> int:
 
 
 def head_dim(module: nn.Module) -> int:
-    for name in ("head_dim", "attention_head_size", "key_value_proj_dim"):
+    for name in ("head_dim", "attention_head_size", "key_value_proj_dim", "qk_head_dim"):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
     count = heads(module)
@@ -175,7 +191,8 @@ def in_features(module: nn.Module) -> int:
 
 def _query_width(module: nn.Module) -> int:
     for name in _QUERY_PROJECTIONS:
-        width = getattr(getattr(module, name, None), "in_features", None)
+        projection = getattr(module, name, None)
+        width = getattr(projection, "in_features", getattr(projection, "nx", None))  # of a Conv1D
         if width is not None:
             return width
     return 0

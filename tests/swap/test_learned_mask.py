@@ -1,5 +1,7 @@
 """A learned mask in a model that exists: identity start, gradients, refusals, peft, recomputing."""
 
+import threading
+
 import pytest
 import torch
 from compared import assert_same, in_float64, run, wake
@@ -107,6 +109,37 @@ def test_global_is_of_one_stack():
     assert all("the mask belongs to encoder.layers.*" in why for why in report.skipped.values())
 
 
+def test_masks_by_name():
+    """None leaves a module out; each global LearnedMask is a generator of its own."""
+    model = nn.Transformer(16, 4, 2, 2, 24, 0.0, batch_first=True)
+    one, other = LearnedMask(8, scope="global"), LearnedMask(8, scope="global")
+    by_name = {"encoder.layers.0.*": None, "encoder.*": one, "decoder.*": other}
+    with swap(model, learned_mask=by_name, strict=True) as report:
+        assert report.changed["encoder.layers.0.self_attn"] == "masked_attention"
+        assert {n.partition(".lam.")[0] for n in model.state_dict() if ".lam." in n} == {
+            "encoder.layers.1.self_attn",
+            "decoder.layers.0.self_attn",
+        }
+        assert "no learned mask" in report.changed["decoder.layers.0.multihead_attn"]
+        wake(model)
+        model(torch.randn(2, 6, 16), torch.randn(2, 5, 16)).sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in report.learned_parameters())
+
+
+def test_cross_attention_of_another_name_is_left_out_by_name():
+    model = nn.ModuleDict(
+        {"read": nn.MultiheadAttention(16, 4), "own": nn.MultiheadAttention(16, 4)}
+    )
+    query, memory = torch.randn(3, 2, 16), torch.randn(5, 2, 16)
+    with swap(model, learned_mask=LearnedMask(8)), pytest.raises(ValueError, match=(
+        r"read: a learned mask .* 3 queries and 5 keys.*learned_mask=\{'read': None, '\*': "
+    )):  # fmt: skip
+        model["read"](query, memory, memory, need_weights=False)
+    report = swap(model, learned_mask={"read": None, "*": LearnedMask(8)}, strict=True)
+    model["read"](query, memory, memory, need_weights=False)
+    assert "learned mask" in report.changed["own"]
+
+
 def test_tokens_that_are_not_hidden_states():
     """A learned mask reads the hidden states: a module that has none of that name stays."""
     pytest.importorskip("transformers", reason="transformers is not installed")
@@ -176,6 +209,28 @@ def test_float_masks_beside_a_learned_one(fusion):
     out = layer(x, src_key_padding_mask=padding)
     short = layer(x[1:, :4])
     torch.testing.assert_close(out[1, :4], short[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_two_threads_keep_their_tokens_apart(scope):
+    """One stops in its last layer, between its tokens and its attention, until the other ran."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model = build("bert", "sdpa").eval()
+    swap(model, learned_mask=LearnedMask(9, scope=scope))
+    wake(model)
+    first, second = batch("bert"), right_padded("bert")
+    second["input_ids"] = second["input_ids"].flip(1)
+    expected = model(**first).last_hidden_state
+    projection = model.encoder.layer[-1].attention.self.query
+
+    def run_the_other(module, args):
+        handle.remove()
+        other = threading.Thread(target=lambda: model(**second))
+        other.start()
+        other.join()
+
+    handle = projection.register_forward_pre_hook(run_the_other)
+    torch.testing.assert_close(model(**first).last_hidden_state, expected)
 
 
 # ---- positions
@@ -332,7 +387,8 @@ def test_peft_keeps_the_mask_trainable(name, first):
         model = peft.get_peft_model(
             model, peft.LoraConfig(r=2, target_modules=list(TINY[name].lora))
         )
-        report = swap(model, learned_mask=LearnedMask(9))
+        with pytest.warns(UserWarning, match=r"will not write the learned masks: swap first"):
+            report = swap(model, learned_mask=LearnedMask(9))
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all("lora" in n or "lam" in n for n in trainable)
     found = run(model, inputs)

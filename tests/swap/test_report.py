@@ -176,6 +176,29 @@ def test_a_class_changed_since_is_not_taken_back():
         report.undo()
 
 
+def test_a_forward_replaced_since_is_to_be_removed_first():
+    """accelerate's hooks keep the forward of the class that a module has when they come."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    hooks = accelerate.hooks
+    model, batch = Model().eval(), inputs()
+    before, expected = state(model), model(**batch)
+    report = swap(model)
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.ModelHook())
+    between = state(model)
+    for taking_back in (report.undo, lambda: report.check(batch)):
+        with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn: its forward was replaced"):
+            taking_back()
+        assert state(model) == between
+    hooks.remove_hook_from_module(model, recurse=True)
+    report.undo()
+    assert {k: v for k, v in state(model).items() if k in before} == before
+    assert torch.equal(model(**batch), expected)
+    hooks.add_hook_to_module(model.encoder.layers[0].self_attn, hooks.ModelHook())
+    with pytest.raises(RuntimeError, match=r"its forward was replaced"):
+        report.apply()
+
+
 def test_a_second_learned_mask_is_not_taken():
     model = Model()
     swap(model, learned_mask=LearnedMask(8))
@@ -241,6 +264,24 @@ def test_everything_that_stays_is_named():
         assert reason in report.skipped[name], name
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")
+def test_a_scripted_model_cannot_be_swapped():
+    pytest.importorskip("transformers", reason="only then is every module looked at")
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model is a RecursiveScriptModule, .* cannot be swapped"):
+        swap(scripted)
+    beside = nn.ModuleList([scripted, nn.MultiheadAttention(16, 2)])
+    assert list(swap(beside).changed) == ["1"]
+
+
+def test_the_dense_layer_behind_an_attention_is_none():
+    class OddAttentionOutput(nn.Linear):
+        pass
+
+    model = nn.ModuleList([OddAttention(), OddAttentionOutput(2, 2), nn.MultiheadAttention(16, 2)])
+    assert list(swap(model).skipped) == ["0"]
+
+
 def test_a_backend_that_cannot_serve_is_the_reason():
     missing = [name for name, why in __import__("lam_kernels").backends().items() if why]
     if not missing:
@@ -254,6 +295,9 @@ def test_a_backend_that_cannot_serve_is_the_reason():
     ("options", "message"),
     [
         ({"learned_mask": 8}, "learned_mask must be a LearnedMask or None, got int"),
+        ({"learned_mask": {"nothing.*": None}}, "learned_mask: no attention module is called 'not"),
+        ({"learned_mask": {"*": 8}}, r"learned_mask\['\*'\] must be a LearnedMask .* got int"),
+        ({"patterns": {0: None}}, "patterns: no attention module is called 0"),
         ({"patterns": "Causal"}, "patterns must be"),
         ({"patterns": {"nothing.*": Toeplitz(1)}}, "no attention module is called 'nothing"),
         ({"patterns": {"encoder.layers.0": Toeplitz(1)}}, "no attention module is called 'enc"),
@@ -280,6 +324,25 @@ def test_patterns_by_name_and_by_head():
     with pytest.warns(UserWarning, match="nothing to swap"):
         report = swap(model, patterns=[Toeplitz(1), None])
     assert "expected one for each of 4 heads" in report.skipped[NAMES[0]]
+
+
+def test_a_mask_goes_where_its_module_went():
+    model, batch = Model(), inputs()
+    report = swap(model, learned_mask=LearnedMask(8))
+    masks = report.learned_parameters()
+    report.undo()
+    model.double()
+    batch["x"] = batch["x"].double()
+    expected = model(**batch)
+    report.apply()
+    torch.testing.assert_close(model(**batch), expected)
+    assert [id(p) for p in report.learned_parameters()] == [id(p) for p in masks]
+    assert {p.dtype for p in masks} == {torch.float64}
+    attention = model.encoder.layers[0].self_attn
+    attention.lam.float()  # whoever wants it otherwise gets it back so
+    with report.taken_out():
+        pass
+    assert attention.lam.layers[0].weight.dtype == torch.float32
 
 
 def test_copies_and_pickles(spy):

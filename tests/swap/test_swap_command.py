@@ -41,6 +41,9 @@ def wrong():
 def broken():
     raise ZeroDivisionError
 
+def sized(width, *, depth):
+    raise ZeroDivisionError
+
 number = 3
 """
 
@@ -107,6 +110,7 @@ def test_a_swap_that_is_wrong_exits_with_1(call, monkeypatch):
         ("no_such_module:build", "there is no module no_such_module"),
         ("somebodys_models:missing", "somebodys_models has no function missing"),
         ("somebodys_models:number", "somebodys_models has no function number"),
+        ("somebodys_models:sized", "without arguments: missing a required argument: 'width'"),
         ("somebodys_models:wrong", "must return a torch.nn.Module"),
         ("somebodys_models:build --backend fast", "backend must be one of cpu"),
         ("somebodys_models:build --learned-mask 0", "max_len must be an integer"),

@@ -38,6 +38,10 @@ TINY = {
     "ast": Tiny(2, ("q_proj", "v_proj"), 38),
     "detr": Tiny(3, ("q_proj", "v_proj")),
     "whisper": Tiny(2, ("q_proj", "v_proj"), 20),
+    "gpt2": Tiny(2, ("c_attn",), 9),
+    "distilbert": Tiny(2, ("q_lin", "v_lin"), 9),
+    "modernbert": Tiny(2, ("Wqkv",), 9),
+    "deepseek": Tiny(2, ("q_b_proj", "kv_b_proj"), 9),
 }
 
 
@@ -158,6 +162,45 @@ def build(name: str, attention: str | None = "eager"):
                 dropout=0.0,
             )
         ),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(
+                **text,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=32,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+            )
+        ),
+        "distilbert": lambda: t.DistilBertModel(
+            t.DistilBertConfig(
+                vocab_size=50,
+                dim=32,
+                n_layers=2,
+                n_heads=4,
+                hidden_dim=48,
+                dropout=0.0,
+                attention_dropout=0.0,
+            )
+        ),
+        "modernbert": lambda: t.ModernBertModel(
+            t.ModernBertConfig(**text, **_SMALL, local_attention=8, global_attn_every_n_layers=2)
+        ),
+        "deepseek": lambda: t.DeepseekV3ForCausalLM(
+            t.DeepseekV3Config(
+                **text,
+                **_SMALL,
+                num_key_value_heads=4,
+                first_k_dense_replace=2,
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_nope_head_dim=8,
+                qk_rope_head_dim=4,
+                v_head_dim=8,
+            )
+        ),
     }[name]
     torch.manual_seed(0)
     model = build_one()
@@ -195,4 +238,8 @@ def batch(name: str) -> dict[str, torch.Tensor]:
         "ast": {"input_values": torch.randn(2, 40, 16)},
         "detr": {"pixel_values": torch.randn(2, 3, 64, 64), "pixel_mask": mask},
         "whisper": {"input_features": torch.randn(2, 8, 40)},
+        "gpt2": {"input_ids": ids, "attention_mask": right, "use_cache": False},
+        "distilbert": {"input_ids": ids, "attention_mask": right},
+        "modernbert": {"input_ids": ids, "attention_mask": right},
+        "deepseek": {"input_ids": ids, "attention_mask": right, "use_cache": False},
     }[name]  # fmt: skip
