@@ -13,7 +13,7 @@ import lam_kernels
 from lam_kernels.low_rank_mask import LowRankMask
 from lam_kernels.patterns import Causal, DilatedToeplitz, Intersection, Pattern, Toeplitz
 
-from .learned_mask import MaskSource, check_last_key, check_positions, check_right_padded
+from .learned_mask import MaskSource, check_last_key, check_right_padded, no_positions
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def fused_operands(
     source = settings_of(module).source
     if source is None:
         return None, bias, None
-    check_positions(settings_of(module).name, query.shape[2], key.shape[2])
+    if query.shape[2] != key.shape[2]:  # the name is read here only: layers share compiled code
+        raise ValueError(no_positions(settings_of(module).name, query.shape[2], key.shape[2]))
     if padding is not None:
         check_right_padded(padding)
     mask = source.take(module, tokens)

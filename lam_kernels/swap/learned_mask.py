@@ -124,15 +124,14 @@ def catch_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
     source.caught.tokens = args[0] if args else kwargs["hidden_states"]
 
 
-def check_positions(name: str, length_query: int, length_key: int) -> None:
-    if length_query != length_key:
-        raise ValueError(
-            f"{name or 'the model'}: a learned mask has one column for each key "
-            f"position, so it needs as many keys as queries: got {length_query} queries and "
-            f"{length_key} keys. A key/value cache (generate with use_cache=True) and "
-            "cross-attention cannot have one. Leave such a "
-            f"module out by name: learned_mask={{{name!r}: None, '*': LearnedMask(...)}}"
-        )
+def no_positions(name: str, length_query: int, length_key: int) -> str:
+    """Why a module called like that cannot have a learned mask."""
+    return (
+        f"{name or 'the model'}: a learned mask has one column for each key position, so it needs "
+        f"as many keys as queries: got {length_query} queries and {length_key} keys. A key/value "
+        "cache (generate with use_cache=True) and cross-attention cannot have one. Leave such a "
+        f"module out by name: learned_mask={{{name!r}: None, '*': LearnedMask(...)}}"
+    )
 
 
 def check_last_key(padding: Tensor) -> None:
