@@ -63,7 +63,8 @@ class Report:
         return [parameter for lam in added for parameter in lam.parameters()]
 
     def apply(self) -> None:
-        """Puts the swap in place (again, after undo). Learned masks come back as they were."""
+        """Puts the swap in place (again, after undo). Learned masks come back as they were, on
+        the device and in the dtype that their modules have gone to."""
         if self._in_place:
             raise RuntimeError("this swap is in place already")
         self._free_forwards()
@@ -80,7 +81,8 @@ class Report:
 
     def undo(self) -> None:
         """Restores the model: the same objects as before, trained weights kept, learned masks
-        taken out. Swaps of the same modules are undone in reverse order."""
+        taken out. Swaps of the same modules are undone in reverse order; hooks of accelerate that
+        came after the swap are removed before."""
         if not self._in_place:
             raise RuntimeError("this swap is not in place: it was undone already")
         for name, module in self._modules.items():
