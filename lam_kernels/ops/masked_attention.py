@@ -29,6 +29,7 @@ from ._registration import (
     traced_or_transformed,
     triton_service,
     unobserved,
+    with_gradients,
 )
 from ._vmap import fold, mapped_batch, one_by_one
 
@@ -177,12 +178,8 @@ def _attend(
             attn_mask=attn_mask, key_mask=key_mask, scale=scale, dropout_p=dropout_p,
             rng_state=rng_state, enable_gqa=enable_gqa, gate=gate, return_lse=return_lse,
         )  # fmt: skip
-    if torch.compiler.is_compiling():
-        # of a tensor that was allocated and then filled (DeepSeek's keys) dynamo thinks that it has
-        # no gradient: _Forward would be traced without it
-        learned = [x if x is None else x.view_as(x) for x in learned]
     out, lse = (_Forward.apply if traced_or_transformed() else _eager_forward)(
-        *learned,
+        *with_gradients(learned),
         (attn_mask, key_mask, rng_state, *segment_ids),
         (flat, scale, dropout_p, gate, backend),
     )

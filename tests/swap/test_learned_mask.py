@@ -282,29 +282,6 @@ def test_a_cache_is_refused_with_the_reason():
     assert out.shape == (2, 12)
 
 
-def test_a_pattern_counts_from_the_end_in_a_cache():
-    """A neighbourhood moves with the newest token; blocks count from the first and cannot."""
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    from lam_kernels import BlockDiagonal
-
-    model = build("llama", "sdpa").eval()
-    ids = batch("llama")["input_ids"]
-    options = {"max_new_tokens": 5, "do_sample": False}
-    with swap(model, patterns=Toeplitz(2)):
-        cached = model.generate(input_ids=ids, **options)
-        assert torch.equal(cached, model.generate(input_ids=ids, **options, use_cache=False))
-    with (
-        swap(model, patterns=BlockDiagonal(4)),
-        pytest.raises(ValueError, match="BlockDiagonal counts from the first position"),
-    ):
-        model.generate(input_ids=ids, **options)
-    with (
-        swap(model, patterns=Toeplitz(2)),
-        pytest.raises(ValueError, match="a static cache has places that are not used yet"),
-    ):
-        model.generate(input_ids=ids, **options, cache_implementation="static")
-
-
 def test_too_long_a_sequence_is_refused():
     layer = nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True)
     swap(layer, learned_mask=LearnedMask(5))
