@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._registration import RegisteredOp, traced_or_transformed, unobserved, with_gradients
+from ._registration import RegisteredOp, traced_or_transformed, unobserved
 
 
 def refuse_double_backward(op: str):
@@ -51,7 +51,7 @@ def differentiable(
         counts = (len(tensors), len(unlearned), len(segment_ids))
         plan = (op.name, counts, tuple(settings), backend)
         run = _Forward.apply if traced_or_transformed() else _eager_forward
-        return run(plan, *with_gradients(tensors), *unlearned, *segment_ids)[:results]
+        return run(plan, *tensors, *unlearned, *segment_ids)[:results]
 
     return call
 

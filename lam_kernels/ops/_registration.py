@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -112,15 +112,6 @@ def _run_backward(services: Services) -> Callable:
 
 def traced_or_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def with_gradients(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """What an autograd.Function is to be given. Of a tensor that was allocated and then filled
-    dynamo thinks that it has no gradient, and would trace the function without it; a view has one.
-    """
-    if not torch.compiler.is_compiling():
-        return tensors
-    return [x if x is None else x.view_as(x) for x in tensors]
 
 
 def unobserved(*operands: Tensor | None) -> bool:
