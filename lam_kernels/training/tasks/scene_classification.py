@@ -70,7 +70,7 @@ _LOOP = {"epochs": 5, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.0, "dtype"
 # what the demo trains where the options leave it open
 _DEMO = {
     "classes": 14, "visual_width": 256, "audio_width": 16, "max_len": 100, "radius": 5, "block": 10,
-    "epochs": 11, "batch_size": 24, "lr": 3e-3,
+    "epochs": 10, "batch_size": 24, "lr": 3e-3,
 }  # fmt: skip
 
 
