@@ -11,7 +11,7 @@
 namespace lam {
 namespace {
 
-// What each element of a row of this shape takes: the maxima, the logarithms of the sums, and results nobody reads.
+// Looks for such rows, and lays out what a second forward pass writes: maxima, logarithms of sums, results nobody reads.
 template <class T, size_t N>
 class FarRows {
  public:
