@@ -23,6 +23,17 @@ struct Plane {
   T* row(int64_t r) const { return data + r * ld; }
 };
 
+// Rows of a mask lie further apart than the processor foresees: while a row is worked on, the next one is called for.
+template <class T>
+class NextRow {
+ public:
+  NextRow(const Plane<T>& plane, int64_t r, int64_t rows) : row_(plane.row(r + 1 < rows ? r + 1 : r)) {}
+  void fetch(int64_t c) const { __builtin_prefetch(row_ + c); }
+
+ private:
+  const T* row_;
+};
+
 template <class T>
 struct Tile {
   int64_t rows, cols;
@@ -102,9 +113,12 @@ void softmax_rows(const Tile<typename V::T>& t, RowState<typename V::T>* state, 
     T* s = t.scores + r * t.ld;
     const T* mul = kMultiplier ? t.multiplier.row(r) : nullptr;
     const T* bias = kBias != BiasKind::none ? t.bias.row(r) : nullptr;
+    const NextRow<const T> next_mul(t.multiplier, r, t.rows), next_bias(t.bias, r, t.rows);
     reg max0 = hidden, max1 = hidden;
     for_words<V, kAlwaysMasked>(t, r, [&](int64_t c, auto, auto visible, auto masked) {
       reg x = V::mul(V::load(s + c), scale);
+      if constexpr (kMultiplier) next_mul.fetch(c);
+      if constexpr (kBias != BiasKind::none) next_bias.fetch(c);
       if constexpr (kMultiplier) x = V::mul(x, masked ? V::load(mul + c, visible) : V::load(mul + c));
       if constexpr (kBias != BiasKind::none) {
         const reg b = masked ? V::load(bias + c, visible) : V::load(bias + c);
@@ -173,9 +187,15 @@ void softmax_backward_rows(const Tile<typename V::T>& t, const RowSlopes<typenam
     const T* bias = kBias != BiasKind::none ? t.bias.row(r) : nullptr;
     T* dmul = kGradMultiplier ? t.grad_multiplier.row(r) : nullptr;
     T* dbias = kGradBias ? t.grad_bias.row(r) : nullptr;
+    const NextRow<const T> next_mul(t.multiplier, r, t.rows), next_bias(t.bias, r, t.rows);
+    const NextRow<T> next_dmul(t.grad_multiplier, r, t.rows), next_dbias(t.grad_bias, r, t.rows);
     const reg row_shift = V::set1(rows.shift[r]), row_delta = V::set1(rows.delta[r]);
     const reg minus_rest = V::set1(-kLog2e<T> * rows.rest[r]);
     for_words<V, kAlwaysMasked>(t, r, [&](int64_t c, auto inside, auto visible, auto masked) {
+      if constexpr (kMultiplier) next_mul.fetch(c);
+      if constexpr (kBias != BiasKind::none) next_bias.fetch(c);
+      if constexpr (kGradMultiplier) next_dmul.fetch(c);
+      if constexpr (kGradBias) next_dbias.fetch(c);
       const reg y = V::mul(V::load(s + c), scale);
       reg m, b;
       reg x = y;
