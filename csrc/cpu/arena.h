@@ -28,24 +28,5 @@ struct ScratchBlock {
   ScratchBlock& operator=(const ScratchBlock&) = delete;
 };
 
-// Runs body(worker, task) for every task on at most num_threads workers, each with memory of its own. The order of
-// tasks is free: no result may depend on it.
-template <class Body>
-void run_tasks(const MaskedAttentionParams& p, int64_t tasks, const Body& body) {
-  struct Context {
-    const Body* body;
-    int64_t tasks;
-    int64_t next;
-  } context{&body, tasks, 0};
-  const int64_t workers = p.num_threads < tasks ? p.num_threads : tasks;
-  p.parallel_for(
-      workers,
-      [](void* ctx, int64_t worker) {
-        Context& c = *static_cast<Context*>(ctx);
-        for (int64_t t; (t = __atomic_fetch_add(&c.next, 1, __ATOMIC_RELAXED)) < c.tasks;) (*c.body)(worker, t);
-      },
-      &context);
-}
-
 }  // namespace
 }  // namespace lam

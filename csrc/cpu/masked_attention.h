@@ -15,6 +15,7 @@
 #include "rows.h"
 #include "schedule.h"
 #include "softmax.h"
+#include "tasks.h"
 #include "visibility.h"
 
 namespace lam {

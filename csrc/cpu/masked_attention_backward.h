@@ -120,14 +120,22 @@ class Backward {
     shared.clear_masks();
     if (plan.groups > 1) {
       each_pair([&](Pairs u) { shared.clear_heads(u, heads_per_pair); });
-      for (int64_t phase = 0; phase < plan.groups; ++phase)
-        run_tasks(p, plan.units * plan.groups, [&](int64_t worker, int64_t task) {
-          Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
-          Backward backward(p, shared, arena);
-          const int64_t unit = task / plan.groups, group = task % plan.groups;
-          const Pairs u{unit * plan.pairs_per_unit, (unit + 1) * plan.pairs_per_unit, plan.head_major};
-          backward.work(u, {group, plan.groups}, {(group + phase) % plan.groups, plan.groups}, group);
-        });
+      const int64_t turn_tasks = plan.units * plan.groups;
+      Turns turns(turn_tasks * plan.groups);
+      if (!turns.ok()) return 1;
+      run_tasks(p, turn_tasks * plan.groups, [&](int64_t worker, int64_t task) {
+        Arena arena{static_cast<char*>(block.data) + worker * sizes.used};
+        Backward backward(p, shared, arena);
+        const int64_t turn = task / turn_tasks, unit = task % turn_tasks / plan.groups, group = task % plan.groups;
+        if (turn > 0) {  // its rows were this group's before, its columns the next one's
+          const int64_t before = task - turn_tasks;
+          turns.wait_for(before);
+          turns.wait_for(before - group + (group + 1) % plan.groups);
+        }
+        const Pairs u{unit * plan.pairs_per_unit, (unit + 1) * plan.pairs_per_unit, plan.head_major};
+        backward.work(u, {group, plan.groups}, {(group + turn) % plan.groups, plan.groups}, group);
+        turns.finish(task);
+      });
       each_pair([&](Pairs u) { shared.finish_heads(u, heads_per_pair); });
     } else {
       const int64_t tasks = plan.units * plan.replicas;

@@ -94,7 +94,7 @@ struct BackwardPlan {
   bool head_major = false;
   int64_t pairs_per_unit = 1;  // pairs that share a wanted mask gradient, or else a sample
   int64_t units = 1;
-  int64_t groups = 1;  // row groups and column groups of a unit: in phase f, group g owns (rows g, columns g + f)
+  int64_t groups = 1;  // row groups and column groups of a unit: in turn f, group g owns (rows g, columns g + f)
   int64_t replicas = 1;  // parts of a unit's pairs, each with a copy of the mask gradients, instead of groups
   bool whole_samples = false;  // no two of those parts meet in a sample
 };
@@ -155,8 +155,11 @@ inline BackwardPlan plan_backward(const MaskedAttentionParams& p, bool patterned
     plan.replicas = copies;
     plan.whole_samples = plan.units == 1 && !plan.head_major && p.B % copies == 0;
   } else if (most_groups > 1) {
-    const bool uneven = patterned && min64(p.Lq, p.Lk) / (2 * most_groups) >= kRowsPerGroup;
-    plan.groups = uneven ? 2 * most_groups : most_groups;
+    // more groups than threads even the work out, but more of them also pack more
+    constexpr int64_t kRowsOfManyGroups = 512;
+    const int64_t shorter = min64(p.Lq, p.Lk);
+    const bool uneven = patterned && shorter / (2 * most_groups) >= kRowsPerGroup;
+    plan.groups = max64(uneven ? 2 * most_groups : most_groups, min64(4 * threads, shorter / kRowsOfManyGroups));
   }
   return plan;
 }

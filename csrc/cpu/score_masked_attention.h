@@ -16,6 +16,7 @@
 #include "rows.h"
 #include "schedule.h"
 #include "softmax.h"
+#include "tasks.h"
 #include "visibility.h"
 
 namespace lam {

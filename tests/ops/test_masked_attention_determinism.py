@@ -51,6 +51,17 @@ def test_thread_counts(case, threads, backend):
             assert_same_bits(first, evaluate(problem, backend))
 
 
+@pytest.mark.parametrize("pattern", [None, "Causal()"])
+def test_more_groups_than_threads(pattern):
+    """Long rows are cut into more groups than there are threads, which wait for one another."""
+    torch.set_num_threads(2)
+    problem = Problem(B=1, H=2, Lq=1700, D=8, multiplier="11qk", bias="1h11", pattern=pattern)
+    check(problem, "cpu")
+    first = evaluate(problem, "cpu")
+    for _ in range(10):
+        assert_same_bits(first, evaluate(problem, "cpu"))
+
+
 def test_python_threads(backend):
     """Calls from several Python threads at once neither disturb each other nor the caller's cached
     scratch."""
