@@ -204,6 +204,9 @@ void pack_transposed(Rows<typename V::T> rows, int64_t n, int64_t depth, typenam
     T* dst = panels + j * depth;
     const int64_t valid = n - j < W ? n - j : W;
     const T* src = rows.data + j * rows.ld;
+    const int64_t next_valid = n - j < 2 * W ? n - j : 2 * W;
+    for (int64_t k = W; k < next_valid; ++k)  // the next panel's rows, called for early
+      for (int64_t d = 0; d < depth; d += W) __builtin_prefetch(src + k * rows.ld + d);
     for (int64_t d = 0; d < depth; d += W) {
       const int64_t left = depth - d < W ? depth - d : W;
       if (valid == W && left == W) {

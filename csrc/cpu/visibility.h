@@ -54,12 +54,16 @@ class Visibility {
   // For regions of at most that many rows and columns.
   Visibility(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_cols, Arena& arena)
       : p_(p),
+        slides_(slides(p)),
         words_(arena.take<uint64_t>(max_rows * words_per_row(max_cols))),
         key_words_(arena.take<uint64_t>(words_per_row(max_cols))),
         segment_words_(arena.take<uint64_t>(kKeptSegments * words_per_row(max_cols))) {}
 
   void enter(const Region& region) {
+    const bool same = slides_ && region.j0 - region.i0 == region_.j0 - region_.i0 && region.rows == region_.rows &&
+                      region.cols == region_.cols && region.step == region_.step;
     region_ = region;
+    if (same) return;
     ld_ = words_per_row(region.cols);
     b_ = spec_ = attn_ = -1;
     n_segments_ = 0;
@@ -102,6 +106,17 @@ class Visibility {
   }
 
  private:
+  // Are the bits of regions that lie alike towards the diagonal the same?
+  static bool slides(const MaskedAttentionParams& p) {
+    if (p.attn_mask.data != nullptr || p.key_mask.data != nullptr) return false;
+    for (int64_t h = 0; h < p.n_patterns; ++h)
+      for (int t = 0; t < p.patterns[h].n_terms; ++t) {
+        const PatternKind kind = p.patterns[h].terms[t].kind;
+        if (kind == PatternKind::block_diagonal || kind == PatternKind::segments) return false;
+      }
+    return true;
+  }
+
   void fill_key_words(int64_t b) {
     for (int64_t w = 0; w < ld_; ++w) {
       const int64_t n = min64(64, region_.cols - w * 64);
@@ -185,6 +200,7 @@ class Visibility {
   };
 
   const MaskedAttentionParams& p_;
+  bool slides_;
   uint64_t *words_, *key_words_, *segment_words_;
   Segment segments_[kKeptSegments];
   int64_t n_segments_ = 0;  // that were met since the region or the sample changed
