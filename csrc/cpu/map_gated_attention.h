@@ -134,6 +134,7 @@ class MapGate {
 
   MapGate(const MapGatedAttentionParams& p, const Sizes& sizes, const Gates<T>& gates, bool backward, Arena& arena)
       : p_(p),
+        without_pattern_(whole(p)),
         s_(sizes),
         gates_(gates),
         products_(p, sizes.blocking, backward, arena),
@@ -141,8 +142,6 @@ class MapGate {
         pieces_(p, sizes.blocking, arena),
         ld_(sizes.ld),
         panel_(p.Lk * V::W) {
-    without_pattern_ = p;
-    without_pattern_.n_patterns = 0;
     // products write whole blocks of their row multiple
     const int64_t rows = round_up(sizes.blocking.tile_rows, Products::kRowMultiple), plane = rows * ld_;
     whole_ = arena.take<T>(plane);
@@ -165,6 +164,11 @@ class MapGate {
   }
   MapGate(const MapGate&) = delete;
   MapGate& operator=(const MapGate&) = delete;
+
+  static MaskedAttentionParams whole(MaskedAttentionParams p) {
+    p.n_patterns = 0;
+    return p;
+  }
 
   void enter_head(int64_t head, bool backward) {
     b_ = head / p_.H, h_ = head % p_.H;
