@@ -205,7 +205,8 @@ class Forward {
     const int64_t unit_heads = heads_together(p) ? p.H : p.H / p.Hkv;
     const int64_t units = p.B * p.H / unit_heads;
     Blocking s = choose_blocking<Products>(p, false, p.Lq, p.Lk);
-    int64_t parts = min64(ceil_div(p.Lq, s.region_rows), max64(1, ceil_div(16 * p.num_threads, units)));
+    // enough tasks to even the work out: within one, a region may keep what the last one found
+    int64_t parts = min64(ceil_div(p.Lq, s.region_rows), ceil_div(16 * p.num_threads, units));
     if (units * parts < 2 * p.num_threads)
       parts = max64(parts, min64(ceil_div(2 * p.num_threads, units), ceil_div(p.Lq, s.tile_rows)));
     while (units * parts < 8 * p.num_threads && units * parts % p.num_threads != 0 && parts < p.Lq) ++parts;

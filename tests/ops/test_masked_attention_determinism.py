@@ -62,6 +62,21 @@ def test_more_groups_than_threads(pattern):
         assert_same_bits(first, evaluate(problem, "cpu"))
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        {"pattern": "Toeplitz(40)"},
+        {"pattern": "DilatedToeplitz(12, 3)"},
+        {"pattern": "Toeplitz(40)", "key_mask": True},
+    ],
+    ids=str,
+)
+def test_regions_that_lie_alike(rest):
+    """One task walks through many regions of a long head, and keeps their bits where it may."""
+    torch.set_num_threads(1)
+    check(Problem(B=1, H=16, Lq=800, Lk=750, D=4, **rest), "cpu")
+
+
 def test_python_threads(backend):
     """Calls from several Python threads at once neither disturb each other nor the caller's cached
     scratch."""
