@@ -9,7 +9,7 @@
 namespace lam {
 namespace {
 
-// Two rows of 16 floats as bf16, nearest even: even lanes from `even`, odd lanes from `odd`, as AMX wants pairs.
+// Two words of 16 floats as bf16, nearest even: one after the other, or lane by lane in pairs, as AMX wants its B.
 #ifdef LAM_EMULATE_AMX
 inline __m512i bf16_bits(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
@@ -21,11 +21,15 @@ inline __m512i bf16_bits(__m512 x) {
 inline __m512i bf16_pairs(__m512 even, __m512 odd) {
   return _mm512_or_si512(bf16_bits(even), _mm512_slli_epi32(bf16_bits(odd), 16));
 }
-inline __m256i bf16_row(__m512 x) { return _mm512_cvtepi32_epi16(bf16_bits(x)); }
+inline __m512i bf16_words(__m512 first, __m512 second) {
+  const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(bf16_bits(first)));
+  return _mm512_inserti64x4(low, _mm512_cvtepi32_epi16(bf16_bits(second)), 1);
+}
 #else
-inline __m256i bf16_row(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m512i bf16_words(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 inline __m512i bf16_pairs(__m512 even, __m512 odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(bf16_row(even)), high = _mm512_cvtepu16_epi32(bf16_row(odd));
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 #endif
@@ -124,17 +128,24 @@ void tile_dot() {
 
 #endif
 
-// C [16 * MI, 16 * NI] (+)= A B over `depth` blocks of 32: A rows lda apart, its blocks step_a apart; each of the NI
-// column blocks of B is blocks of 16 rows of pairs, step_b apart. All in elements; C is fp32.
+// fp32 sums in blocks of 16 x 16: rows of a block are ld apart, blocks row_step and col_step.
+struct TileSums {
+  float* data;
+  int64_t ld, row_step, col_step;
+};
+
+// C [MI, NI] blocks (+)= A B over `depth` blocks of 32: A rows lda apart, its blocks step_a apart; each of the NI column
+// blocks of B is blocks of 16 rows of pairs, step_b apart. All in elements.
 template <int MI, int NI>
 void amx_block(bool accumulate, int64_t depth, const uint16_t* A, int64_t lda, int64_t step_a, const uint16_t* B0,
-               const uint16_t* B1, int64_t step_b, float* C, int64_t ldc) {
+               const uint16_t* B1, int64_t step_b, float* C00, int64_t ldc, int64_t row_step, int64_t col_step) {
   const int64_t c_bytes = ldc * 4, a_bytes = lda * 2;
+  float *const C01 = C00 + col_step, *const C10 = C00 + row_step, *const C11 = C10 + col_step;
   if (accumulate) {
-    tile_load<0>(C, c_bytes);
-    if constexpr (NI > 1) tile_load<1>(C + 16, c_bytes);
-    if constexpr (MI > 1) tile_load<2>(C + 16 * ldc, c_bytes);
-    if constexpr (MI > 1 && NI > 1) tile_load<3>(C + 16 * ldc + 16, c_bytes);
+    tile_load<0>(C00, c_bytes);
+    if constexpr (NI > 1) tile_load<1>(C01, c_bytes);
+    if constexpr (MI > 1) tile_load<2>(C10, c_bytes);
+    if constexpr (MI > 1 && NI > 1) tile_load<3>(C11, c_bytes);
   } else {
     tile_zero<0>();
     if constexpr (NI > 1) tile_zero<1>();
@@ -155,27 +166,26 @@ void amx_block(bool accumulate, int64_t depth, const uint16_t* A, int64_t lda, i
       if constexpr (NI > 1) tile_dot<3, 5, 7>();
     }
   }
-  tile_store<0>(C, c_bytes);
-  if constexpr (NI > 1) tile_store<1>(C + 16, c_bytes);
-  if constexpr (MI > 1) tile_store<2>(C + 16 * ldc, c_bytes);
-  if constexpr (MI > 1 && NI > 1) tile_store<3>(C + 16 * ldc + 16, c_bytes);
+  tile_store<0>(C00, c_bytes);
+  if constexpr (NI > 1) tile_store<1>(C01, c_bytes);
+  if constexpr (MI > 1) tile_store<2>(C10, c_bytes);
+  if constexpr (MI > 1 && NI > 1) tile_store<3>(C11, c_bytes);
 }
 
-// C [16 * row_blocks, 16 * col_blocks] (+)= A B; column blocks of B are block_b apart.
+// C [row_blocks, col_blocks] blocks (+)= A B; column blocks of B are block_b apart.
 inline void amx_gemm(bool accumulate, int64_t row_blocks, int64_t col_blocks, int64_t depth, const uint16_t* A,
-                     int64_t lda, int64_t step_a, const uint16_t* B, int64_t block_b, int64_t step_b, float* C,
-                     int64_t ldc) {
+                     int64_t lda, int64_t step_a, const uint16_t* B, int64_t block_b, int64_t step_b, const TileSums& C) {
   compiler_barrier(A);
   for (int64_t n = 0; n < col_blocks; n += 2) {
     const uint16_t *B0 = B + n * block_b, *B1 = B0 + block_b;
     for (int64_t m = 0; m < row_blocks; m += 2) {
       const uint16_t* Am = A + m * 16 * lda;
-      float* Cm = C + m * 16 * ldc + n * 16;
+      float* Cm = C.data + m * C.row_step + n * C.col_step;
       const bool two_rows = m + 1 < row_blocks, two_cols = n + 1 < col_blocks;
-      if (two_rows && two_cols) amx_block<2, 2>(accumulate, depth, Am, lda, step_a, B0, B1, step_b, Cm, ldc);
-      else if (two_rows) amx_block<2, 1>(accumulate, depth, Am, lda, step_a, B0, nullptr, step_b, Cm, ldc);
-      else if (two_cols) amx_block<1, 2>(accumulate, depth, Am, lda, step_a, B0, B1, step_b, Cm, ldc);
-      else amx_block<1, 1>(accumulate, depth, Am, lda, step_a, B0, nullptr, step_b, Cm, ldc);
+      if (two_rows && two_cols) amx_block<2, 2>(accumulate, depth, Am, lda, step_a, B0, B1, step_b, Cm, C.ld, C.row_step, C.col_step);
+      else if (two_rows) amx_block<2, 1>(accumulate, depth, Am, lda, step_a, B0, nullptr, step_b, Cm, C.ld, C.row_step, C.col_step);
+      else if (two_cols) amx_block<1, 2>(accumulate, depth, Am, lda, step_a, B0, B1, step_b, Cm, C.ld, C.row_step, C.col_step);
+      else amx_block<1, 1>(accumulate, depth, Am, lda, step_a, B0, nullptr, step_b, Cm, C.ld, C.row_step, C.col_step);
     }
   }
 }

@@ -80,6 +80,7 @@ inline const MaskedAttentionParams& local_of(const MaskedAttentionParams& p) {
 template <class Products>
 class LocalMap {
  public:
+  static constexpr bool kWholeTiles = true;  // products keep the weights of one map at a time
   using V = typename Products::Word;
   using T = typename V::T;
 
@@ -111,7 +112,8 @@ class LocalMap {
       const bool first = !seen_[r];
       T* to = out_.data + r * out_.ld;
       softmax_tile<V>(piece, false, state_ + r, first, to, out_.ld, p_.Dv);
-      products.weigh_values(first, piece.rows, from, piece.cols, piece.scores, piece.ld, to, out_.ld);
+      products.take_weights(0, piece.rows, piece.cols, piece.scores, piece.ld);
+      products.weigh_values(first, piece.rows, from, piece.cols, to, out_.ld);
       memset(seen_ + r, 1, static_cast<size_t>(piece.rows));
     }
   }
@@ -134,6 +136,7 @@ class LocalMap {
 template <class Products>
 class LocalMapBackward {
  public:
+  static constexpr bool kWholeTiles = true;
   using V = typename Products::Word;
   using T = typename V::T;
   using Params = GlobalLocalAttentionParams;
@@ -203,7 +206,8 @@ class LocalMapBackward {
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& piece = kept_[n];
       const Tile<T>& t = piece.tile;
-      products_.accumulate(piece.r, t.rows, piece.lo, t.cols, t.scores, t.scores, t.ld, {}, {}, dv, false, false);
+      products_.take_slopes(0, t.rows, t.rows, t.cols, t.scores, t.scores, t.ld, false, false, true);
+      products_.accumulate(piece.r, t.rows, piece.lo, t.cols, {}, {}, dv, false, false);
     }
     products_.swap_grad_out(grad_out_);
   }

@@ -268,7 +268,8 @@ class MapGate {
       mix(r0, rows);
       const Region part{r0, rows, 0, p_.Lk, 1};
       const Rows<T> out = out_rows<V>(p_.out, p_.query.dtype, p_.Dv, part, b_, h_, out_, 0);
-      products_.weigh_values(true, rows, 0, p_.Lk, mixed_, ld_, out.data, out.ld);
+      products_.take_weights(0, rows, p_.Lk, mixed_, ld_);
+      products_.weigh_values(true, rows, 0, p_.Lk, out.data, out.ld);
       if (in_place<V>(p_.query.dtype)) continue;
       for (int64_t r = 0; r < rows; ++r)
         store_words<V>(at_mutable(p_.out, head_offset(p_.out, b_, h_) + (r0 + r) * p_.out.stride[2]), p_.out.dtype,
@@ -292,15 +293,17 @@ class MapGate {
     for (int64_t head = first_head; head < last_head; ++head) {
       enter_head(head, true);
       products_.enter_grad_out(b_, h_);
-      products_.open_pair();
-      products_.open_head();
+      products_.open_pair(true, true);
+      products_.open_head(true);
       const Rows<T> dq = grad_rows(p_.grad_query, query_sum_, p_.D), dk = grad_rows(p_.grad_key, key_sum_, p_.D),
                     dv = grad_rows(p_.grad_value, value_sum_, p_.Dv);
       for (int64_t r0 = 0; r0 < p_.Lq; r0 += s_.blocking.tile_rows) {
         const int64_t rows = min64(s_.blocking.tile_rows, p_.Lq - r0);
         mix(r0, rows);
         if (s_.maps || s_.gates) slope(r0, rows, gate_sums);
-        products_.accumulate(r0, rows, 0, p_.Lk, mixed_, grad_, ld_, dq, dk, dv, true, r0 == 0);
+        products_.take_slopes(0, rows, rows, p_.Lk, mixed_, grad_, ld_, dq.data != nullptr, dk.data != nullptr,
+                              dv.data != nullptr);
+        products_.accumulate(r0, rows, 0, p_.Lk, dq, dk, dv, true, r0 == 0);
       }
       products_.close_pair(dk, dv, true);
       products_.close_head(dq, true);

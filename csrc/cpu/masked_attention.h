@@ -188,12 +188,19 @@ void finish_rows(const MaskedAttentionParams& p, const Region& region, int64_t b
 template <class Products>
 struct NoSecondMap {
   using T = typename Products::T;
+  static constexpr bool kWholeTiles = false;
   NoSecondMap(const MaskedAttentionParams&, const Blocking&, int64_t, Arena&) {}
   void enter(const Region&) {}
   void enter_head(int64_t, int64_t, int64_t, bool) {}
   void attend(int64_t, int64_t, const Tile<T>&, Products&) {}
   void finish() {}
 };
+
+// Rows of a tile that are worked on at once.
+template <class Products, class SecondMap>
+constexpr int64_t strip_rows() {
+  return SecondMap::kWholeTiles ? int64_t{1} << 30 : Products::kStripRows;
+}
 
 template <class Products, template <class> class SecondMap = NoSecondMap>
 class Forward {
@@ -250,7 +257,7 @@ class Forward {
         products_(p, s, false, arena),
         second_(p, s, one_region ? 1 : unit_heads, arena) {
     const int64_t states = one_region ? 1 : unit_heads;
-    scores_ = arena.take<T>(s.tile_rows * (s.tile_cols + V::W));
+    scores_ = arena.take<T>(min64(s.tile_rows, kStripRows) * (s.tile_cols + V::W));
     out_ = arena.take<T>(in_place<V>(p.query.dtype) ? 0 : states * s.region_rows * round_up(p.Dv, V::W));
     state_ = arena.take<RowState<T>>(states * s.region_rows);
     opened_ = arena.take<uint8_t>(states * ceil_div(s.region_rows, s.short_rows));
@@ -305,19 +312,25 @@ class Forward {
         tile.scale = static_cast<T>(p_.scale);
         if (multiplier) tile.multiplier = {multiplier.row(r0) + lo, multiplier.ld};
         if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
-        products_.scores(r0, rows, lo, ceil_div(tile.cols, V::W), scores_, ld);
-        second_.attend(r0, lo, tile, products_);
-        T* to = out.data + r0 * out.ld;
-        softmax_tile<V>(tile, p_.gate, state + r0, !opened[block], to, out.ld, p_.Dv);
-        if (p_.dropout_p > 0) {
-          masks_.draw(b, h, r0, rows, lo, tile.cols);
-          masks_.drop(scores_, ld, rows, tile.cols);
+        for (int64_t s = 0; s < rows; s += kStripRows) {
+          const Tile<T> strip = strip_of(tile, s, min64(kStripRows, rows - s));
+          const int64_t r = r0 + s;
+          products_.scores(r, strip.rows, lo, ceil_div(tile.cols, V::W), scores_, ld);
+          second_.attend(r, lo, strip, products_);
+          softmax_tile<V>(strip, p_.gate, state + r, !opened[block], out.row(r), out.ld, p_.Dv);
+          if (p_.dropout_p > 0) {
+            masks_.draw(b, h, r, strip.rows, lo, tile.cols);
+            masks_.drop(scores_, ld, strip.rows, tile.cols);
+          }
+          products_.take_weights(s, strip.rows, tile.cols, scores_, ld);
         }
-        products_.weigh_values(!opened[block], rows, lo, tile.cols, scores_, ld, to, out.ld);
+        products_.weigh_values(!opened[block], rows, lo, tile.cols, out.row(r0), out.ld);
         opened[block] = 1;
       }
     }
   }
+
+  static constexpr int64_t kStripRows = strip_rows<Products, SecondMap<Products>>();
 
   const MaskedAttentionParams& p_;
   const Blocking& s_;

@@ -15,8 +15,6 @@ class RowSums {
  public:
   using T = typename V::T;
   RowSums(const MaskedAttentionParams& p, int64_t rows, Arena& arena) : p_(p) {
-    out_row_ = arena.take<T>(round_up(p.Dv, V::W));
-    grad_out_row_ = arena.take<T>(round_up(p.Dv, V::W));
     shift_ = arena.take<T>(rows);
     rest_ = arena.take<T>(rows);
     delta_ = arena.take<T>(rows);
@@ -31,13 +29,20 @@ class RowSums {
       const T lse = static_cast<const T*>(p_.lse.data)[at_lse];
       shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
       rest_[r] = p_.lse_rest.data == nullptr ? T(0) : static_cast<const T*>(p_.lse_rest.data)[at_lse];
-      const T *out = row_of(p_.out, b, h, i, out_row_), *grad_out = row_of(p_.grad_out, b, h, i, grad_out_row_);
+      const char *out = row_of(p_.out, b, h, i), *grad_out = row_of(p_.grad_out, b, h, i);
+      const DType out_type = p_.out.dtype, grad_type = p_.grad_out.dtype;
       typename V::reg sum = V::zero();
       int64_t d = 0;
-      for (; d + V::W <= p_.Dv; d += V::W) sum = V::fma(V::load(out + d), V::load(grad_out + d), sum);
+      for (; d + V::W <= p_.Dv; d += V::W)
+        sum = V::fma(load_word<V>(out + d * size_of(out_type), out_type),
+                     load_word<V>(grad_out + d * size_of(grad_type), grad_type), sum);
       if (d < p_.Dv) {
-        const auto inside = lanes_inside<V>(p_.Dv - d);
-        sum = V::fma(V::load(out + d, inside), V::load(grad_out + d, inside), sum);
+        alignas(64) T last_out[V::W], last_grad[V::W];
+        V::store(last_out, V::zero());
+        V::store(last_grad, V::zero());
+        load_row<V>(last_out, out + d * size_of(out_type), out_type, 1, p_.Dv - d);
+        load_row<V>(last_grad, grad_out + d * size_of(grad_type), grad_type, 1, p_.Dv - d);
+        sum = V::fma(V::load(last_out), V::load(last_grad), sum);
       }
       delta_[r] = V::reduce_add(sum);
       if (p_.grad_lse.data != nullptr)
@@ -46,22 +51,19 @@ class RowSums {
   }
 
  private:
-  // One row of an operand, in place or converted.
-  const T* row_of(const View& v, int64_t b, int64_t h, int64_t i, T* buffer) const {
-    const char* row = at(v, head_offset(v, b, h) + i * v.stride[2]);
-    if (size_of(v.dtype) == sizeof(T)) return reinterpret_cast<const T*>(row);
-    load_row<V>(buffer, row, v.dtype, 1, p_.Dv);
-    return buffer;
+  static const char* row_of(const View& v, int64_t b, int64_t h, int64_t i) {
+    return at(v, head_offset(v, b, h) + i * v.stride[2]);
   }
 
   const MaskedAttentionParams& p_;
-  T *out_row_, *grad_out_row_, *shift_, *rest_, *delta_;
+  T *shift_, *rest_, *delta_;
 };
 
 // A second softmax of the same scores is worked out beside the first (global_local_attention.h); here there is none.
 template <class Products>
 struct NoSecondMapBackward {
   using T = typename Products::T;
+  static constexpr bool kWholeTiles = false;
   using Params = MaskedAttentionParams;
   using ForwardPass = Forward<Products>;
   struct Halves {
@@ -320,8 +322,9 @@ class Backward {
         second_(p, shared.size, shared.want_scores, products_, arena),
         grad_multiplier_(shared.multiplier, p, shared.size.region_rows, shared.size.region_cols, arena),
         grad_bias_(shared.bias, p, shared.size.region_rows, shared.size.region_cols, arena) {
-    scores_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
-    grad_ = arena.take<T>(s_.size.tile_rows * (s_.size.tile_cols + V::W));
+    const int64_t strip = min64(s_.size.tile_rows, kStripRows) * (s_.size.tile_cols + V::W);
+    scores_ = arena.take<T>(strip);
+    grad_ = arena.take<T>(strip);
     if (s_.one_region) {
       query_sum_ = arena.take<T>(s_.staged_rows(p.grad_query, p.Lq, p.D));
       key_sum_ = arena.take<T>(s_.staged_rows(p.grad_key, p.Lk, p.D));
@@ -365,7 +368,7 @@ class Backward {
         } else {
           dq = s_.rows_of(p_.grad_query, s_.query_sum, pair * heads + n, b, h, p_.Lq, p_.D);
         }
-        if (region.cols > 0) differentiate(region, b, h, hk, dq, dk, dv, s_.stored && n == 0);
+        if (region.cols > 0) differentiate(region, b, h, hk, dq, dk, dv);
         if (s_.one_region) s_.finish_rows(p_.grad_query, dq, b, h, p_.Lq, p_.D);
       }
       if (entered_) products_.close_pair(dk, dv, s_.stored);
@@ -378,20 +381,21 @@ class Backward {
     grad_bias_.leave();
   }
 
-  void differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv,
-                     bool first_head) {
+  void differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv) {
+    const bool covered = !masks_.has_visibility;  // every tile is visited
     const KeyRange range = p_.n_patterns > 1
                                ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
                                : KeyRange{0, p_.Lk, 1};
     if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return;
     if (!entered_) {
       products_.enter_keys(region, b, hk, s_.want_scores);
-      products_.open_pair();
+      products_.open_pair(covered, s_.stored);
     }
+    const bool first_head = !entered_;
     entered_ = true;
     products_.enter_queries(region, b, h);
     products_.enter_grad_out(b, h);
-    products_.open_head();
+    products_.open_head(covered);
     Plane<const T> multiplier, bias;
     masks_.select(b, h, multiplier, bias);
     Tile<T> head{};
@@ -416,24 +420,32 @@ class Backward {
         if (dmul) tile.grad_multiplier = {dmul.row(r0) + lo, dmul.ld};
         if (dbias) tile.grad_bias = {dbias.row(r0) + lo, dbias.ld};
         const int64_t words = ceil_div(tile.cols, V::W);
-        products_.scores(r0, tile.rows, lo, words, scores_, ld);
-        second_.keep_scores(r0, lo, tile);
-        if (s_.want_scores) products_.weight_grads(r0, tile.rows, lo, words, grad_, ld);
-        else for (int64_t r = 0; r < tile.rows; ++r) memset(grad_ + r * ld, 0, static_cast<size_t>(words * V::W) * sizeof(T));
-        if (p_.dropout_p > 0) {
-          masks_.draw(b, h, r0, tile.rows, lo, tile.cols);
-          masks_.drop(grad_, ld, tile.rows, tile.cols);
+        for (int64_t s = 0; s < tile.rows; s += kStripRows) {
+          const Tile<T> strip = strip_of(tile, s, min64(kStripRows, tile.rows - s));
+          const int64_t r = r0 + s;
+          products_.scores(r, strip.rows, lo, words, scores_, ld);
+          second_.keep_scores(r, lo, strip);
+          if (s_.want_scores) products_.weight_grads(r, strip.rows, lo, words, grad_, ld);
+          else for (int64_t k = 0; k < strip.rows; ++k) memset(grad_ + k * ld, 0, static_cast<size_t>(words * V::W) * sizeof(T));
+          if (p_.dropout_p > 0) {
+            masks_.draw(b, h, r, strip.rows, lo, tile.cols);
+            masks_.drop(grad_, ld, strip.rows, tile.cols);
+          }
+          softmax_backward_tile<V>(strip, p_.gate, sums_.of(r));
+          second_.add_gradient(strip);
+          if (p_.dropout_p > 0) masks_.drop(scores_, ld, strip.rows, tile.cols);
+          products_.take_slopes(s, strip.rows, tile.rows, tile.cols, scores_, grad_, ld, dq.data != nullptr,
+                                dk.data != nullptr, dv.data != nullptr);
         }
-        softmax_backward_tile<V>(tile, p_.gate, sums_.of(r0));
-        second_.add_gradient(tile);
-        if (p_.dropout_p > 0) masks_.drop(scores_, ld, tile.rows, tile.cols);
-        products_.accumulate(r0, tile.rows, lo, tile.cols, scores_, grad_, ld, dq, dk, dv, s_.stored && lo == 0,
-                             first_head && r0 == 0);
+        products_.accumulate(r0, tile.rows, lo, tile.cols, dq, dk, dv, covered && lo == 0,
+                             covered && first_head && r0 == 0);
         second_.accumulate(dv);
       }
     }
     products_.close_head(dq, s_.stored);
   }
+
+  static constexpr int64_t kStripRows = strip_rows<Products, SecondMap<Products>>();
 
   const MaskedAttentionParams& p_;
   const Shared& s_;

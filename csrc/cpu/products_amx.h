@@ -2,9 +2,15 @@
 //
 // AMX multiplies row-major A by B stored as pairs of rows. Scores take A = q and B = k in pairs along the head dimension;
 // dv and dk are formed transposed, A = grad_out^T or q^T, so that P and dS need only be interleaved in pairs of rows.
+// The products take so little time that scores must not leave the first-level cache: a tile is worked on in strips of
+// rows, and only what the next products need of them, in bf16, is kept for the whole tile.
 #pragma once
+#ifndef LAM_STRIP
+#define LAM_STRIP 32
+#endif
 #include <cstdint>
 #include <cstring>
+#include <cstdlib>
 
 #include "amx_tile.h"
 #include "arena.h"
@@ -20,10 +26,13 @@ class AmxProducts {
   using T = float;
   static constexpr int64_t kRowMultiple = 32, kColMultiple = 32;
   static constexpr bool kAnyRows = false;
+  static constexpr int64_t kStripRows = LAM_STRIP;
 
   static Blocking blocking(bool narrow, bool backward) {
+    static int64_t v[8]; static bool init = false;
+    if (!init) { const char* e = getenv("BLK"); if (!e) e = "384,512,128,128,384,512,128,256"; char* q = const_cast<char*>(e); for (int i = 0; i < 8; ++i) { v[i] = strtol(q, &q, 10); if (*q) ++q; } init = true; }
     if (narrow) return {384, 1024, 64, 256};
-    return {384, 512, 128, backward ? 128 : 256};
+    return backward ? Blocking{v[0], v[1], v[2], v[3]} : Blocking{v[4], v[5], v[6], v[7]};
   }
 
   AmxProducts(const MaskedAttentionParams& p, const Blocking& s, bool backward, Arena& arena)
@@ -93,66 +102,67 @@ class AmxProducts {
 
   void scores(int64_t r0, int64_t rows, int64_t lo, int64_t words, float* C, int64_t ldc) const {
     amx_gemm(false, ceil_div(rows, 16), words, depth_ / 32, query_ + r0 * depth_, depth_, 32, key_pairs_ + lo * depth_,
-             16 * depth_, 512, C, ldc);
+             16 * depth_, 512, in_rows(C, ldc));
   }
   void weight_grads(int64_t r0, int64_t rows, int64_t lo, int64_t words, float* C, int64_t ldc) const {
     amx_gemm(false, ceil_div(rows, 16), words, width_ / 32, grad_out_.rows + r0 * width_, width_, 32,
-             value_pairs_ + lo * width_, 16 * width_, 512, C, ldc);
+             value_pairs_ + lo * width_, 16 * width_, 512, in_rows(C, ldc));
   }
 
+  // Rows [s, s + rows) of a tile's weights, whose products come once the tile has them all.
+  void take_weights(int64_t s, int64_t rows, int64_t cols, const float* P, int64_t ld) {
+    narrow_rows(P, ld, rows, cols, weights_ + s * round_up(cols, 32));
+  }
   // Rows of `out` up to a multiple of 16 are written.
-  void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, const float* P, int64_t ldp, float* out,
-                    int64_t ld) {
+  void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, float* out, int64_t ld) {
     const int64_t padded = round_up(cols, 32);
-    for (int64_t r = 0; r < rows; ++r) {
-      uint16_t* to = weights_ + r * padded;
-      for (int64_t c = 0; c < padded; c += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + c), bf16_row(word(P + r * ldp, c, cols)));
-    }
     amx_gemm(!first, ceil_div(rows, 16), ceil_div(p_.Dv, 16), padded / 32, weights_, padded, 32, value_rows_ + lo * 16,
-             cols_ * 16, 512, out, ld);
+             cols_ * 16, 512, in_rows(out, ld));
   }
 
-  // Gradients of keys are summed over the region transposed, those of queries in rows of their own, and go where they
-  // belong when the pair or the head is left.
-  void open_pair() {
-    memset(dk_t_, 0, static_cast<size_t>(cols_ * depth_) * sizeof(float));
-    memset(dv_t_, 0, static_cast<size_t>(cols_ * width_) * sizeof(float));
+  // Gradients are summed over the region in blocks, those of keys transposed, and go where they belong when the pair or
+  // the head is left. Where every tile is visited the first one stores its sums.
+  void open_pair(bool covered, bool) {
+    if (covered) return;
+    const size_t blocks = static_cast<size_t>(ceil_div(region_.cols, 16)), block_bytes = 256 * sizeof(float);
+    memset(dk_t_, 0, blocks * static_cast<size_t>(blocks_of_query()) * block_bytes);
+    memset(dv_t_, 0, blocks * static_cast<size_t>(blocks_of_value()) * block_bytes);
   }
-  void open_head() { memset(dq_, 0, static_cast<size_t>(rows_ * depth_) * sizeof(float)); }
+  void open_head(bool covered) {
+    if (!covered) memset(dq_, 0, static_cast<size_t>(ceil_div(region_.rows, 16) * blocks_of_query() * 256) * sizeof(float));
+  }
   void close_pair(Rows<float> dk, Rows<float> dv, bool store) {
     if (dk.data != nullptr) add_transposed(dk_t_, p_.D, dk, store);
     if (dv.data != nullptr) add_transposed(dv_t_, p_.Dv, dv, store);
   }
   void close_head(Rows<float> dq, bool store) {
     if (dq.data == nullptr) return;
-    for (int64_t r = 0; r < region_.rows; ++r) {
-      float* to = dq.data + region_.i(r) * dq.ld;
-      for (int64_t d = 0; d < p_.D; ++d) to[d] = (store ? 0.f : to[d]) + dq_[r * depth_ + d];
-    }
+    for (int64_t r = 0; r < region_.rows; ++r)
+      for (int64_t d = 0; d < p_.D; d += 16)
+        add_word(_mm512_loadu_ps(dq_ + (r / 16 * blocks_of_query() + d / 16) * 256 + r % 16 * 16), p_.D - d,
+                 dq.row(region_.i(r)) + d, store);
   }
 
-  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, const float* P, const float* dS, int64_t ld,
-                  Rows<float> dq, Rows<float> dk, Rows<float> dv, bool, bool) {
+  // Rows [s, s + rows) of a tile of tile_rows: weights and gradients of the scores, for the gradients that are wanted.
+  void take_slopes(int64_t s, int64_t rows, int64_t tile_rows, int64_t cols, const float* P, const float* dS, int64_t ld,
+                   bool dq, bool dk, bool dv) {
+    const int64_t padded_rows = round_up(tile_rows, 32);
+    if (dv) interleave(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16);
+    if (dk) interleave(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16);
+    if (dq) narrow_rows(dS, ld, rows, cols, weights_ + s * round_up(cols, 32));
+  }
+  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Rows<float> dq, Rows<float> dk, Rows<float> dv,
+                  bool first_of_rows, bool first_of_cols) {
     const int64_t words = ceil_div(cols, 16), padded_rows = round_up(rows, 32), padded_cols = round_up(cols, 32);
-    if (dv.data != nullptr) {
-      interleave(P, ld, rows, padded_rows, cols, weight_pairs_);
-      amx_gemm(true, ceil_div(p_.Dv, 16), words, padded_rows / 32, grad_out_.transposed + r0, rows_, 32, weight_pairs_,
-               padded_rows * 16, 512, dv_t_ + lo, cols_);
-    }
-    if (dk.data != nullptr) {
-      interleave(dS, ld, rows, padded_rows, cols, score_grad_pairs_);
-      amx_gemm(true, ceil_div(p_.D, 16), words, padded_rows / 32, query_t_ + r0, rows_, 32, score_grad_pairs_,
-               padded_rows * 16, 512, dk_t_ + lo, cols_);
-    }
-    if (dq.data != nullptr) {
-      for (int64_t r = 0; r < round_up(rows, 16); ++r)
-        for (int64_t c = 0; c < padded_cols; c += 16)
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights_ + r * padded_cols + c),
-                              bf16_row(r < rows ? word(dS + r * ld, c, cols) : _mm512_setzero_ps()));
-      amx_gemm(true, ceil_div(rows, 16), ceil_div(p_.D, 16), padded_cols / 32, weights_, padded_cols, 32,
-               key_rows_ + lo * 16, cols_ * 16, 512, dq_ + r0 * depth_, depth_);
-    }
+    if (dv.data != nullptr)
+      amx_gemm(!first_of_cols, ceil_div(p_.Dv, 16), words, padded_rows / 32, grad_out_.transposed + r0, rows_, 32,
+               weight_pairs_, padded_rows * 16, 512, {dv_t_ + lo * 16 * blocks_of_value(), 16, 256, 256 * blocks_of_value()});
+    if (dk.data != nullptr)
+      amx_gemm(!first_of_cols, ceil_div(p_.D, 16), words, padded_rows / 32, query_t_ + r0, rows_, 32, score_grad_pairs_,
+               padded_rows * 16, 512, {dk_t_ + lo * 16 * blocks_of_query(), 16, 256, 256 * blocks_of_query()});
+    if (dq.data != nullptr)
+      amx_gemm(!first_of_rows, ceil_div(rows, 16), ceil_div(p_.D, 16), padded_cols / 32, weights_, padded_cols, 32,
+               key_rows_ + lo * 16, cols_ * 16, 512, {dq_ + r0 * 16 * blocks_of_query(), 16, 256 * blocks_of_query(), 256});
   }
 
  private:
@@ -168,20 +178,32 @@ class AmxProducts {
   }
 
   static __m512 word(const float* row, int64_t c, int64_t cols) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(low_bits(min64(16, cols - c))), row + c);
+    return c + 16 <= cols ? _mm512_loadu_ps(row + c)
+                          : _mm512_maskz_loadu_ps(static_cast<__mmask16>(low_bits(max64(0, cols - c))), row + c);
   }
   static __m256i half_word(const Source& x, int64_t r, int64_t d) {
     if (r >= x.rows || d >= x.width) return _mm256_setzero_si256();
     return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(low_bits(min64(16, x.width - d))), x.row(r) + d);
   }
+  static __m256i load_half(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_half(uint16_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
   static __m512i interleave_halves(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
   }
+  // 16 columns from d on of rows r and r + 1, in pairs
+  static __m512i row_pair(const Source& x, int64_t r, int64_t d) {
+    if (r + 2 <= x.rows && d + 16 <= x.width) return interleave_halves(load_half(x.row(r) + d), load_half(x.row(r + 1) + d));
+    return interleave_halves(half_word(x, r, d), half_word(x, r + 1, d));
+  }
 
   void copy_rows(const Source& x, int64_t padded, uint16_t* to) const {
-    for (int64_t r = 0; r < round_up(x.rows, 32); ++r)
-      for (int64_t d = 0; d < padded; d += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r * padded + d), half_word(x, r, d));
+    for (int64_t r = 0; r < x.rows; ++r) {
+      int64_t d = 0;
+      for (; d + 16 <= x.width; d += 16) store_half(to + r * padded + d, load_half(x.row(r) + d));
+      for (; d < padded; d += 16) store_half(to + r * padded + d, half_word(x, r, d));
+    }
+    const int64_t rest = round_up(x.rows, 32) - x.rows;
+    memset(to + x.rows * padded, 0, static_cast<size_t>(rest * padded) * sizeof(uint16_t));
   }
 
   // [row block of 16][width block of 32][16 pairs along the width][16 rows]
@@ -189,51 +211,73 @@ class AmxProducts {
     alignas(64) float block[16 * 16];
     for (int64_t r = 0; r < round_up(x.rows, 32); r += 16)
       for (int64_t d = 0; d < padded; d += 32) {
+        float* out = reinterpret_cast<float*>(to + r * padded + d * 16);
+        if (r + 16 <= x.rows && d + 32 <= x.width && x.ld % 2 == 0) {
+          transpose_word_block(reinterpret_cast<const float*>(x.row(r) + d), x.ld / 2, out, 16);
+          continue;
+        }
         for (int64_t k = 0; k < 16; ++k) {
           _mm256_store_si256(reinterpret_cast<__m256i*>(block + k * 16), half_word(x, r + k, d));
           _mm256_store_si256(reinterpret_cast<__m256i*>(block + k * 16 + 8), half_word(x, r + k, d + 16));
         }
-        transpose_word_block(block, 16, reinterpret_cast<float*>(to + r * padded + d * 16), 16);
+        transpose_word_block(block, 16, out, 16);
       }
   }
 
-  // [width block of 16][pairs of rows, of `capacity` rows][16]
+  // [width block of 16][pairs of rows, of `capacity` rows][16]; rows are read up to a block of 32 past the last
   static void pack_along_rows(const Source& x, int64_t capacity, uint16_t* to) {
+    const int64_t rows = min64(capacity, round_up(x.rows, 32) + 32);
     for (int64_t d = 0; d < x.width; d += 16)
-      for (int64_t r = 0; r < capacity; r += 2)
-        _mm512_storeu_si512(to + d * capacity + r * 16, interleave_halves(half_word(x, r, d), half_word(x, r + 1, d)));
+      for (int64_t r = 0; r < rows; r += 2) _mm512_storeu_si512(to + d * capacity + r * 16, row_pair(x, r, d));
   }
 
   // [width][rows_], rows beyond the region zero
   void pack_transposed_rows(const Source& x, uint16_t* to) const {
     alignas(64) float block[16 * 16];
     for (int64_t d = 0; d < x.width; d += 16)
-      for (int64_t r = 0; r < rows_; r += 32) {
-        for (int64_t k = 0; k < 16; ++k)
-          _mm512_store_si512(block + k * 16, interleave_halves(half_word(x, r + 2 * k, d), half_word(x, r + 2 * k + 1, d)));
+      for (int64_t r = 0; r < x.rows; r += 32) {
+        for (int64_t k = 0; k < 16; ++k) _mm512_store_si512(block + k * 16, row_pair(x, r + 2 * k, d));
         transpose_word_block(block, 16, reinterpret_cast<float*>(to + d * rows_ + r), rows_ / 2);
       }
   }
 
-  // fp32 rows -> [column block of 16][pairs of rows][16], rows beyond the tile zero
+  // fp32 rows -> bf16 rows, zero up to a block of 32 columns; rows to a multiple of 16 may be read by a product, and
+  // make rows of its result that nobody reads
+  static void narrow_rows(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* to) {
+    const int64_t padded = round_up(cols, 32);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < padded; c += 32)
+        _mm512_storeu_si512(to + r * padded + c, bf16_words(word(x + r * ld, c, cols), word(x + r * ld, c + 16, cols)));
+  }
+
+  // fp32 rows -> [column block of 16][pairs of rows][16], rows up to a block of 32 zero
   static void interleave(const float* x, int64_t ld, int64_t rows, int64_t padded_rows, int64_t cols, uint16_t* to) {
     for (int64_t c = 0; c < cols; c += 16)
-      for (int64_t r = 0; r < padded_rows; r += 2) {
+      for (int64_t r = 0; r < round_up(rows, 32); r += 2) {
         const __m512 even = r < rows ? word(x + r * ld, c, cols) : _mm512_setzero_ps();
         const __m512 odd = r + 1 < rows ? word(x + (r + 1) * ld, c, cols) : _mm512_setzero_ps();
         _mm512_storeu_si512(to + c * padded_rows + r * 16, bf16_pairs(even, odd));
       }
   }
 
+  int64_t blocks_of_query() const { return ceil_div(p_.D, 16); }
+  int64_t blocks_of_value() const { return ceil_div(p_.Dv, 16); }
+  static TileSums in_rows(float* C, int64_t ld) { return {C, ld, 16 * ld, 16}; }
+
+  // to[0, min(16, left)) (+)= x
+  static void add_word(__m512 x, int64_t left, float* to, bool store) {
+    if (left >= 16) return _mm512_storeu_ps(to, store ? x : _mm512_add_ps(_mm512_loadu_ps(to), x));
+    const __mmask16 inside = static_cast<__mmask16>(low_bits(left));
+    _mm512_mask_storeu_ps(to, inside, store ? x : _mm512_add_ps(_mm512_maskz_loadu_ps(inside, to), x));
+  }
+
   void add_transposed(const float* sum_t, int64_t width, Rows<float> to, bool store) const {
     alignas(64) float block[16 * 16];
     for (int64_t c = 0; c < region_.cols; c += 16)
-      for (int64_t d = 0; d < width; d += 16) {
-        transpose_word_block(sum_t + d * cols_ + c, cols_, block, 16);
-        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k) {
-          float* row = to.data + region_.j(c + k) * to.ld + d;
-          for (int64_t e = 0; e < min64(16, width - d); ++e) row[e] = (store ? 0.f : row[e]) + block[k * 16 + e];
-        }
+      for (int64_t d = 0; d < width; d += 16, sum_t += 256) {
+        transpose_word_block(sum_t, 16, block, 16);
+        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k)
+          add_word(_mm512_load_ps(block + k * 16), width - d, to.row(region_.j(c + k)) + d, store);
       }
   }
 

@@ -27,6 +27,7 @@ class FmaProducts {
   using T = typename V::T;
   static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = V::W * V::kCols;
   static constexpr bool kAnyRows = true;  // tiles need not have a multiple of rows, it is only faster
+  static constexpr int64_t kStripRows = int64_t{1} << 30;  // a tile is one strip
 
   static Blocking blocking(bool narrow, bool backward) {
     // narrow patterns see few keys a row: short tiles waste fewer of them on hidden pairs
@@ -89,29 +90,34 @@ class FmaProducts {
                                 value_panels_ + lo * p_.Dv, p_.Dv * V::W, C, ldc);
   }
 
-  // out [rows, Dv] (+)= P v
-  void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, const T* P, int64_t ldp, T* out, int64_t ld) {
-    product<false>(first, rows, p_.Dv, cols, P, ldp, value_.data + lo * value_.ld, value_.ld, out, ld);
+  // out [rows, Dv] (+)= P v of the weights taken
+  void take_weights(int64_t, int64_t, int64_t, const T* P, int64_t ld) { weights_ = P, ld_ = ld; }
+  void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, T* out, int64_t ld) {
+    product<false>(first, rows, p_.Dv, cols, weights_, ld_, value_.data + lo * value_.ld, value_.ld, out, ld);
   }
 
-  // Backward: the gradients of a head are added to where they belong at once, so there is nothing to open or close.
-  void open_pair() {}
+  // Backward: the gradients of a head are added to where they belong at once, so there is nothing to close. `stored`:
+  // they are stored there by the first tile that meets their rows.
+  void open_pair(bool, bool stored) { stored_ = stored; }
   void close_pair(Rows<T>, Rows<T>, bool) {}
-  void open_head() {}
+  void open_head(bool) {}
   void close_head(Rows<T>, bool) {}
 
-  // dv += P^T grad_out, dk += dS^T q, dq += dS k, each where wanted; = instead of += where it is the first to come
-  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, const T* P, const T* dS, int64_t ld, Rows<T> dq,
-                  Rows<T> dk, Rows<T> dv, bool first_of_rows, bool first_of_cols) {
+  // dv += P^T grad_out, dk += dS^T q, dq += dS k of the weights and gradients taken, each where wanted
+  void take_slopes(int64_t, int64_t, int64_t, int64_t, const T* P, const T* dS, int64_t ld, bool, bool, bool) {
+    weights_ = P, slopes_ = dS, ld_ = ld;
+  }
+  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Rows<T> dq, Rows<T> dk, Rows<T> dv,
+                  bool first_of_rows, bool first_of_cols) {
     const int64_t j = region_.j(lo), i = region_.i(r0), step = region_.step;
-    const T *q = query_.data + r0 * query_.ld, *go = grad_out_.rows.data + r0 * grad_out_.rows.ld;
+    const T *q = query_.row(r0), *go = grad_out_.rows.row(r0);
+    const bool store_rows = stored_ && first_of_rows, store_cols = stored_ && first_of_cols;
     if (dv.data != nullptr)
-      product<true>(first_of_cols, cols, p_.Dv, rows, P, ld, go, grad_out_.rows.ld, dv.data + j * dv.ld, dv.ld * step);
+      product<true>(store_cols, cols, p_.Dv, rows, weights_, ld_, go, grad_out_.rows.ld, dv.row(j), dv.ld * step);
     if (dk.data != nullptr)
-      product<true>(first_of_cols, cols, p_.D, rows, dS, ld, q, query_.ld, dk.data + j * dk.ld, dk.ld * step);
+      product<true>(store_cols, cols, p_.D, rows, slopes_, ld_, q, query_.ld, dk.row(j), dk.ld * step);
     if (dq.data != nullptr)
-      product<false>(first_of_rows, rows, p_.D, cols, dS, ld, key_.data + lo * key_.ld, key_.ld, dq.data + i * dq.ld,
-                     dq.ld * step);
+      product<false>(store_rows, rows, p_.D, cols, slopes_, ld_, key_.row(lo), key_.ld, dq.row(i), dq.ld * step);
   }
 
  private:
@@ -134,6 +140,9 @@ class FmaProducts {
   GradOut grad_out_{};
   Region region_{};
   Rows<T> key_, value_, query_;
+  const T *weights_ = nullptr, *slopes_ = nullptr;
+  int64_t ld_ = 0;
+  bool stored_ = false;
 };
 
 }  // namespace

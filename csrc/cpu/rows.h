@@ -86,6 +86,21 @@ void load_row(typename V::T* __restrict dst, const char* __restrict src, DType d
   }
 }
 
+// src[0, W)
+template <class V>
+typename V::reg load_word(const char* src, DType d) {
+  using T = typename V::T;
+  if (size_of(d) == sizeof(T)) return V::load(reinterpret_cast<const T*>(src));
+#ifdef __AVX2__
+  const uint16_t* s = reinterpret_cast<const uint16_t*>(src);
+  return d == DType::bf16 ? V::from_bf16(s) : V::from_f16(s);
+#else
+  T word[V::W];
+  load_row<V>(word, src, d, 1, V::W);
+  return V::load(word);
+#endif
+}
+
 // dst[0], dst[stride], ... = src[0, n) * factor
 template <class T>
 void store_row(char* __restrict dst, DType d, int64_t stride, const T* __restrict src, T factor, int64_t n) {
@@ -125,6 +140,7 @@ template <class T>
 struct Rows {
   T* data = nullptr;
   int64_t ld = 0;
+  T* row(int64_t r) const { return data + r * ld; }
 };
 
 // Can the rows of this operand be used where they lie?

@@ -48,6 +48,18 @@ struct Tile {
   T scale;
 };
 
+// `rows` rows of a tile from row s on, whose scores and gradients lie where the tile's own began.
+template <class T>
+Tile<T> strip_of(Tile<T> t, int64_t s, int64_t rows) {
+  t.rows = rows;
+  if (t.multiplier) t.multiplier.data = t.multiplier.row(s);
+  if (t.bias) t.bias.data = t.bias.row(s);
+  if (t.grad_multiplier) t.grad_multiplier.data = t.grad_multiplier.row(s);
+  if (t.grad_bias) t.grad_bias.data = t.grad_bias.row(s);
+  if (t.visible != nullptr) t.visible += s * t.visible_ld;
+  return t;
+}
+
 template <class V>
 inline typename V::mask lanes_visible(const uint64_t* row, int64_t bit) {
   return V::from_bits(static_cast<uint32_t>(row[bit >> 6] >> (bit & 63)) & ((uint32_t{1} << V::W) - 1));
