@@ -200,14 +200,15 @@ class LocalMapBackward {
   }
 
   // dv += P^T grad_out
-  void accumulate(Rows<T> dv) {
-    if (n_kept_ == 0 || dv.data == nullptr) return;
+  void accumulate(bool wanted_value, Rows<T> dv) {
+    const Wanted wanted{false, false, true};
+    if (n_kept_ == 0 || !wanted_value) return;
     products_.swap_grad_out(grad_out_);
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& piece = kept_[n];
       const Tile<T>& t = piece.tile;
-      products_.take_slopes(0, t.rows, t.rows, t.cols, t.scores, t.scores, t.ld, false, false, true);
-      products_.accumulate(piece.r, t.rows, piece.lo, t.cols, {}, {}, dv, false, false);
+      products_.take_slopes(0, t.rows, t.rows, t.cols, t.scores, t.scores, t.ld, wanted);
+      products_.accumulate(piece.r, t.rows, piece.lo, t.cols, wanted, {}, {}, dv, false, false);
     }
     products_.swap_grad_out(grad_out_);
   }

@@ -290,6 +290,7 @@ class MapGate {
   }
 
   void differentiate(int64_t first_head, int64_t last_head, T* gate_sums) {
+    const Wanted wanted{p_.grad_query.data != nullptr, p_.grad_key.data != nullptr, p_.grad_value.data != nullptr};
     for (int64_t head = first_head; head < last_head; ++head) {
       enter_head(head, true);
       products_.enter_grad_out(b_, h_);
@@ -301,9 +302,8 @@ class MapGate {
         const int64_t rows = min64(s_.blocking.tile_rows, p_.Lq - r0);
         mix(r0, rows);
         if (s_.maps || s_.gates) slope(r0, rows, gate_sums);
-        products_.take_slopes(0, rows, rows, p_.Lk, mixed_, grad_, ld_, dq.data != nullptr, dk.data != nullptr,
-                              dv.data != nullptr);
-        products_.accumulate(r0, rows, 0, p_.Lk, dq, dk, dv, true, r0 == 0);
+        products_.take_slopes(0, rows, rows, p_.Lk, mixed_, grad_, ld_, wanted);
+        products_.accumulate(r0, rows, 0, p_.Lk, wanted, dq, dk, dv, true, r0 == 0);
       }
       products_.close_pair(dk, dv, true);
       products_.close_head(dq, true);

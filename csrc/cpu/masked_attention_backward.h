@@ -75,7 +75,7 @@ struct NoSecondMapBackward {
   void enter_head(int64_t, int64_t) {}
   void keep_scores(int64_t, int64_t, const Tile<T>&) {}
   void add_gradient(const Tile<T>&) {}
-  void accumulate(Rows<T>) {}
+  void accumulate(bool, Rows<T>) {}
 };
 
 template <class Products, template <class> class SecondMap = NoSecondMapBackward>
@@ -163,6 +163,8 @@ class Backward {
     bool one_region;
     bool want_scores;  // some gradient needs dS
     bool stored;       // one region, all of it visible: the first tile of a gradient's rows stores rather than adds
+    // One region has a part in a row's gradients, and where the products keep sums of it those are the gradient.
+    bool queries_once = false, keys_once = false;
     GradTarget<T> multiplier, bias;
     // Sums of the heads' gradients where the caller's tensors cannot take them; null otherwise.
     T *query_sum = nullptr, *key_sum = nullptr, *value_sum = nullptr;
@@ -175,9 +177,23 @@ class Backward {
       for (int64_t h = 0; h < p.n_patterns; ++h) stepped = stepped || key_step(p.patterns[h]) > 1;
       one_region = plan.groups == 1 && !stepped && size.region_rows >= p.Lq && size.region_cols >= p.Lk;
       stored = one_region && !Visibility::needed(p);
+      if (Products::kOwnSums && plan.groups == 1) find_once();
       multiplier = target(p.grad_multiplier, p.multiplier_factors, p.grad_multiplier_factors, stepped);
       bias = target(p.grad_bias, p.bias_factors, p.grad_bias_factors, stepped);
       want_scores = p.grad_query.data || p.grad_key.data || multiplier.wanted() || bias.wanted();
+    }
+
+    void find_once() {
+      queries_once = true;
+      keys_once = p.n_patterns <= 1;
+      int64_t next = 0;
+      walk_regions(p, size.region_rows, size.region_cols, Products::kColMultiple, {}, {},
+                   [&](const Region& region, const Pass&, bool first, bool last) {
+                     queries_once = queries_once && first && last;
+                     keys_once = keys_once && region.step == 1 && region.cols > 0 && region.j0 == next;
+                     next = region.j0 + region.cols;
+                   });
+      keys_once = keys_once && next == p.Lk;
     }
 
     GradTarget<T> target(const View& g, const Factors& factors, const Factors& grads, bool stepped) const {
@@ -214,16 +230,16 @@ class Backward {
       return needs_sums(t) ? round_up(t.numel * t.replicas * static_cast<int64_t>(sizeof(T)), 64) : 0;
     }
     // Elements of a head's sums, where they cannot be made in the caller's tensor.
-    int64_t staged_rows(const View& g, int64_t rows, int64_t w) const {
-      return g.data == nullptr || in_place<V>(p.query.dtype) ? 0 : rows * round_up(w, V::W);
+    int64_t staged_rows(const View& g, bool once, int64_t rows, int64_t w) const {
+      return g.data == nullptr || once || in_place<V>(p.query.dtype) ? 0 : rows * round_up(w, V::W);
     }
     // Slots of sums: a pair's own when its task has one region, else one for every head.
-    int64_t head_sums(const View& g, int64_t heads, int64_t rows, int64_t w) const {
-      return one_region ? 0 : heads * staged_rows(g, rows, w) * static_cast<int64_t>(sizeof(T));
+    int64_t head_sums(const View& g, bool once, int64_t heads, int64_t rows, int64_t w) const {
+      return one_region ? 0 : heads * staged_rows(g, once, rows, w) * static_cast<int64_t>(sizeof(T));
     }
-    int64_t query_bytes() const { return head_sums(p.grad_query, p.B * p.H, p.Lq, p.D); }
-    int64_t key_bytes() const { return head_sums(p.grad_key, p.B * p.Hkv, p.Lk, p.D); }
-    int64_t value_bytes() const { return head_sums(p.grad_value, p.B * p.Hkv, p.Lk, p.Dv); }
+    int64_t query_bytes() const { return head_sums(p.grad_query, queries_once, p.B * p.H, p.Lq, p.D); }
+    int64_t key_bytes() const { return head_sums(p.grad_key, keys_once, p.B * p.Hkv, p.Lk, p.D); }
+    int64_t value_bytes() const { return head_sums(p.grad_value, keys_once, p.B * p.Hkv, p.Lk, p.Dv); }
     int64_t sums_bytes() const {
       return mask_sums(multiplier) + mask_sums(bias) + multiplier.factors.bytes() + bias.factors.bytes() +
              query_bytes() + key_bytes() + value_bytes();
@@ -275,11 +291,20 @@ class Backward {
       }
     }
 
-    // Sum rows of one head: the caller's tensor, or sums at slot `head`.
-    Rows<T> rows_of(const View& g, T* sum, int64_t head, int64_t b, int64_t h, int64_t rows, int64_t w) const {
-      if (g.data == nullptr) return {};
+    // Sum rows of one head: the caller's tensor, or sums at slot `slot`; none where one region's sums are all.
+    Rows<T> rows_of(const View& g, bool once, T* sum, int64_t slot, int64_t b, int64_t h, int64_t rows, int64_t w) const {
+      if (g.data == nullptr || once) return {};
       if (in_place<V>(p.query.dtype)) return {static_cast<T*>(g.data) + head_offset(g, b, h), g.stride[2]};
-      return {sum + head * rows * round_up(w, V::W), round_up(w, V::W)};
+      return {sum + slot * rows * round_up(w, V::W), round_up(w, V::W)};
+    }
+    Rows<T> query_rows(T* sum, int64_t slot, int64_t b, int64_t h) const {
+      return rows_of(p.grad_query, queries_once, sum, slot, b, h, p.Lq, p.D);
+    }
+    Rows<T> key_rows(T* sum, int64_t slot, int64_t b, int64_t hk) const {
+      return rows_of(p.grad_key, keys_once, sum, slot, b, hk, p.Lk, p.D);
+    }
+    Rows<T> value_rows(T* sum, int64_t slot, int64_t b, int64_t hk) const {
+      return rows_of(p.grad_value, keys_once, sum, slot, b, hk, p.Lk, p.Dv);
     }
     static void clear_rows(Rows<T> x, int64_t rows, int64_t w) {  // an only row has a stride of 0
       if (x.data != nullptr && rows > 0) memset(x.data, 0, static_cast<size_t>((rows - 1) * x.ld + w) * sizeof(T));
@@ -289,6 +314,10 @@ class Backward {
       for (int64_t r = 0; r < rows; ++r)
         store_words<V>(at_mutable(g, head_offset(g, b, h) + r * g.stride[2]), g.dtype, x.data + r * x.ld, w);
     }
+    static void zero_rows(const View& g, const Region& region, int64_t b, int64_t h, int64_t w) {
+      for (int64_t r = 0; g.data != nullptr && r < region.rows; ++r)
+        memset(at_mutable(g, head_offset(g, b, h) + region.i(r) * g.stride[2]), 0, static_cast<size_t>(w * size_of(g.dtype)));
+    }
     template <class Body>
     void each_head(Pairs u, int64_t heads, const Body& body) const {
       for (int64_t pair = u.begin; pair < u.end; ++pair)
@@ -296,19 +325,19 @@ class Backward {
     }
     void clear_heads(Pairs u, int64_t heads) const {
       each_head(u, heads, [&](int64_t pair, int64_t b, int64_t hk, int64_t n) {
-        clear_rows(rows_of(p.grad_query, query_sum, pair * heads + n, b, hk * heads + n, p.Lq, p.D), p.Lq, p.D);
+        clear_rows(query_rows(query_sum, pair * heads + n, b, hk * heads + n), p.Lq, p.D);
         if (n > 0) return;
-        clear_rows(rows_of(p.grad_key, key_sum, pair, b, hk, p.Lk, p.D), p.Lk, p.D);
-        clear_rows(rows_of(p.grad_value, value_sum, pair, b, hk, p.Lk, p.Dv), p.Lk, p.Dv);
+        clear_rows(key_rows(key_sum, pair, b, hk), p.Lk, p.D);
+        clear_rows(value_rows(value_sum, pair, b, hk), p.Lk, p.Dv);
       });
     }
     void finish_heads(Pairs u, int64_t heads) const {
       each_head(u, heads, [&](int64_t pair, int64_t b, int64_t hk, int64_t n) {
         const int64_t h = hk * heads + n;
-        finish_rows(p.grad_query, rows_of(p.grad_query, query_sum, pair * heads + n, b, h, p.Lq, p.D), b, h, p.Lq, p.D);
+        finish_rows(p.grad_query, query_rows(query_sum, pair * heads + n, b, h), b, h, p.Lq, p.D);
         if (n > 0) return;
-        finish_rows(p.grad_key, rows_of(p.grad_key, key_sum, pair, b, hk, p.Lk, p.D), b, hk, p.Lk, p.D);
-        finish_rows(p.grad_value, rows_of(p.grad_value, value_sum, pair, b, hk, p.Lk, p.Dv), b, hk, p.Lk, p.Dv);
+        finish_rows(p.grad_key, key_rows(key_sum, pair, b, hk), b, hk, p.Lk, p.D);
+        finish_rows(p.grad_value, value_rows(value_sum, pair, b, hk), b, hk, p.Lk, p.Dv);
       });
     }
   };
@@ -326,16 +355,16 @@ class Backward {
     scores_ = arena.take<T>(strip);
     grad_ = arena.take<T>(strip);
     if (s_.one_region) {
-      query_sum_ = arena.take<T>(s_.staged_rows(p.grad_query, p.Lq, p.D));
-      key_sum_ = arena.take<T>(s_.staged_rows(p.grad_key, p.Lk, p.D));
-      value_sum_ = arena.take<T>(s_.staged_rows(p.grad_value, p.Lk, p.Dv));
+      query_sum_ = arena.take<T>(s_.staged_rows(p.grad_query, s_.queries_once, p.Lq, p.D));
+      key_sum_ = arena.take<T>(s_.staged_rows(p.grad_key, s_.keys_once, p.Lk, p.D));
+      value_sum_ = arena.take<T>(s_.staged_rows(p.grad_value, s_.keys_once, p.Lk, p.Dv));
     }
   }
 
   void work(Pairs unit, Part rows, Part cols, int64_t replica) {
     walk_regions(p_, s_.size.region_rows, s_.size.region_cols, Products::kColMultiple, rows, cols,
                  [&](const Region& region, const Pass& pass, bool, bool) {
-                   if (region.cols > 0 || s_.one_region) visit(region, pass, unit, replica);
+                   if (region.cols > 0 || s_.one_region || s_.queries_once) visit(region, pass, unit, replica);
                  });
   }
 
@@ -349,13 +378,13 @@ class Backward {
       const int64_t b = unit.b(p_, pair), hk = unit.key_head(p_, pair);
       Rows<T> dk, dv;
       if (s_.one_region) {
-        dk = s_.rows_of(p_.grad_key, key_sum_, 0, b, hk, p_.Lk, p_.D);
-        dv = s_.rows_of(p_.grad_value, value_sum_, 0, b, hk, p_.Lk, p_.Dv);
+        dk = s_.key_rows(key_sum_, 0, b, hk);
+        dv = s_.value_rows(value_sum_, 0, b, hk);
         if (!s_.stored) s_.clear_rows(dk, p_.Lk, p_.D);
         if (!s_.stored) s_.clear_rows(dv, p_.Lk, p_.Dv);
       } else {
-        dk = s_.rows_of(p_.grad_key, s_.key_sum, pair, b, hk, p_.Lk, p_.D);
-        dv = s_.rows_of(p_.grad_value, s_.value_sum, pair, b, hk, p_.Lk, p_.Dv);
+        dk = s_.key_rows(s_.key_sum, pair, b, hk);
+        dv = s_.value_rows(s_.value_sum, pair, b, hk);
       }
       entered_ = false;
       for (int64_t n = 0; n < heads; ++n) {
@@ -363,15 +392,16 @@ class Backward {
         if (p_.n_patterns > 1 && !(pass_of(p_, h) == pass)) continue;
         Rows<T> dq;
         if (s_.one_region) {
-          dq = s_.rows_of(p_.grad_query, query_sum_, 0, b, h, p_.Lq, p_.D);
+          dq = s_.query_rows(query_sum_, 0, b, h);
           if (!s_.stored) s_.clear_rows(dq, p_.Lq, p_.D);
         } else {
-          dq = s_.rows_of(p_.grad_query, s_.query_sum, pair * heads + n, b, h, p_.Lq, p_.D);
+          dq = s_.query_rows(s_.query_sum, pair * heads + n, b, h);
         }
-        if (region.cols > 0) differentiate(region, b, h, hk, dq, dk, dv);
+        const bool met = region.cols > 0 && differentiate(region, b, h, hk, dq, dk, dv);
+        if (s_.queries_once && !met) s_.zero_rows(p_.grad_query, region, b, h, p_.D);
         if (s_.one_region) s_.finish_rows(p_.grad_query, dq, b, h, p_.Lq, p_.D);
       }
-      if (entered_) products_.close_pair(dk, dv, s_.stored);
+      if (entered_) close_pair(b, hk, dk, dv);
       if (s_.one_region) {
         s_.finish_rows(p_.grad_key, dk, b, hk, p_.Lk, p_.D);
         s_.finish_rows(p_.grad_value, dv, b, hk, p_.Lk, p_.Dv);
@@ -381,12 +411,25 @@ class Backward {
     grad_bias_.leave();
   }
 
-  void differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv) {
+  void close_pair(int64_t b, int64_t hk, Rows<T> dk, Rows<T> dv) {
+    if constexpr (Products::kOwnSums)
+      if (s_.keys_once) return products_.write_pair(b, hk);
+    products_.close_pair(dk, dv, s_.stored);
+  }
+  void close_head(int64_t b, int64_t h, Rows<T> dq) {
+    if constexpr (Products::kOwnSums)
+      if (s_.queries_once) return products_.write_head(b, h);
+    products_.close_head(dq, s_.stored);
+  }
+
+  // False where the head sees none of the region.
+  bool differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv) {
     const bool covered = !masks_.has_visibility;  // every tile is visited
+    const Wanted wanted{p_.grad_query.data != nullptr, p_.grad_key.data != nullptr, p_.grad_value.data != nullptr};
     const KeyRange range = p_.n_patterns > 1
                                ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
                                : KeyRange{0, p_.Lk, 1};
-    if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return;
+    if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return false;
     if (!entered_) {
       products_.enter_keys(region, b, hk, s_.want_scores);
       products_.open_pair(covered, s_.stored);
@@ -434,15 +477,15 @@ class Backward {
           softmax_backward_tile<V>(strip, p_.gate, sums_.of(r));
           second_.add_gradient(strip);
           if (p_.dropout_p > 0) masks_.drop(scores_, ld, strip.rows, tile.cols);
-          products_.take_slopes(s, strip.rows, tile.rows, tile.cols, scores_, grad_, ld, dq.data != nullptr,
-                                dk.data != nullptr, dv.data != nullptr);
+          products_.take_slopes(s, strip.rows, tile.rows, tile.cols, scores_, grad_, ld, wanted);
         }
-        products_.accumulate(r0, tile.rows, lo, tile.cols, dq, dk, dv, covered && lo == 0,
+        products_.accumulate(r0, tile.rows, lo, tile.cols, wanted, dq, dk, dv, covered && lo == 0,
                              covered && first_head && r0 == 0);
-        second_.accumulate(dv);
+        second_.accumulate(wanted.value, dv);
       }
     }
-    products_.close_head(dq, s_.stored);
+    close_head(b, h, dq);
+    return true;
   }
 
   static constexpr int64_t kStripRows = strip_rows<Products, SecondMap<Products>>();

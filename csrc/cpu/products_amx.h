@@ -27,6 +27,7 @@ class AmxProducts {
   static constexpr int64_t kRowMultiple = 32, kColMultiple = 32;
   static constexpr bool kAnyRows = false;
   static constexpr int64_t kStripRows = LAM_STRIP;
+  static constexpr bool kOwnSums = true;  // gradients are summed over the region, and then go where they belong
 
   static Blocking blocking(bool narrow, bool backward) {
     static int64_t v[8]; static bool init = false;
@@ -120,8 +121,7 @@ class AmxProducts {
              cols_ * 16, 512, in_rows(out, ld));
   }
 
-  // Gradients are summed over the region in blocks, those of keys transposed, and go where they belong when the pair or
-  // the head is left. Where every tile is visited the first one stores its sums.
+  // Gradients are summed in blocks, those of keys transposed. Where every tile is visited the first one stores its sums.
   void open_pair(bool covered, bool) {
     if (covered) return;
     const size_t blocks = static_cast<size_t>(ceil_div(region_.cols, 16)), block_bytes = 256 * sizeof(float);
@@ -137,30 +137,38 @@ class AmxProducts {
   }
   void close_head(Rows<float> dq, bool store) {
     if (dq.data == nullptr) return;
-    for (int64_t r = 0; r < region_.rows; ++r)
-      for (int64_t d = 0; d < p_.D; d += 16)
-        add_word(_mm512_loadu_ps(dq_ + (r / 16 * blocks_of_query() + d / 16) * 256 + r % 16 * 16), p_.D - d,
-                 dq.row(region_.i(r)) + d, store);
+    each_query_word([&](int64_t r, int64_t d, __m512 x) { add_word(x, p_.D - d, dq.row(region_.i(r)) + d, store); });
+  }
+  // Where no other region has a part in them, gradients need no sums elsewhere.
+  void write_pair(int64_t b, int64_t hk) {
+    if (p_.grad_key.data != nullptr) write_transposed(dk_t_, p_.D, p_.grad_key, b, hk);
+    if (p_.grad_value.data != nullptr) write_transposed(dv_t_, p_.Dv, p_.grad_value, b, hk);
+  }
+  void write_head(int64_t b, int64_t h) {
+    if (p_.grad_query.data == nullptr) return;
+    each_query_word([&](int64_t r, int64_t d, __m512 x) {
+      write_word(x, p_.D - d, bf16_at(p_.grad_query, b, h, region_.i(r)) + d);
+    });
   }
 
   // Rows [s, s + rows) of a tile of tile_rows: weights and gradients of the scores, for the gradients that are wanted.
   void take_slopes(int64_t s, int64_t rows, int64_t tile_rows, int64_t cols, const float* P, const float* dS, int64_t ld,
-                   bool dq, bool dk, bool dv) {
+                   Wanted wanted) {
     const int64_t padded_rows = round_up(tile_rows, 32);
-    if (dv) interleave(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16);
-    if (dk) interleave(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16);
-    if (dq) narrow_rows(dS, ld, rows, cols, weights_ + s * round_up(cols, 32));
+    if (wanted.value) interleave(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16);
+    if (wanted.key) interleave(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16);
+    if (wanted.query) narrow_rows(dS, ld, rows, cols, weights_ + s * round_up(cols, 32));
   }
-  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Rows<float> dq, Rows<float> dk, Rows<float> dv,
-                  bool first_of_rows, bool first_of_cols) {
+  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Wanted wanted, Rows<float>, Rows<float>,
+                  Rows<float>, bool first_of_rows, bool first_of_cols) {
     const int64_t words = ceil_div(cols, 16), padded_rows = round_up(rows, 32), padded_cols = round_up(cols, 32);
-    if (dv.data != nullptr)
+    if (wanted.value)
       amx_gemm(!first_of_cols, ceil_div(p_.Dv, 16), words, padded_rows / 32, grad_out_.transposed + r0, rows_, 32,
                weight_pairs_, padded_rows * 16, 512, {dv_t_ + lo * 16 * blocks_of_value(), 16, 256, 256 * blocks_of_value()});
-    if (dk.data != nullptr)
+    if (wanted.key)
       amx_gemm(!first_of_cols, ceil_div(p_.D, 16), words, padded_rows / 32, query_t_ + r0, rows_, 32, score_grad_pairs_,
                padded_rows * 16, 512, {dk_t_ + lo * 16 * blocks_of_query(), 16, 256, 256 * blocks_of_query()});
-    if (dq.data != nullptr)
+    if (wanted.query)
       amx_gemm(!first_of_rows, ceil_div(rows, 16), ceil_div(p_.D, 16), padded_cols / 32, weights_, padded_cols, 32,
                key_rows_ + lo * 16, cols_ * 16, 512, {dq_ + r0 * 16 * blocks_of_query(), 16, 256 * blocks_of_query(), 256});
   }
@@ -271,14 +279,40 @@ class AmxProducts {
     _mm512_mask_storeu_ps(to, inside, store ? x : _mm512_add_ps(_mm512_maskz_loadu_ps(inside, to), x));
   }
 
-  void add_transposed(const float* sum_t, int64_t width, Rows<float> to, bool store) const {
+  static void write_word(__m512 x, int64_t left, uint16_t* to) {
+    const __m256i narrow = _mm512_castsi512_si256(bf16_words(x, x));
+    if (left >= 16) return store_half(to, narrow);
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(low_bits(left)), narrow);
+  }
+  static uint16_t* bf16_at(const View& v, int64_t b, int64_t h, int64_t row) {
+    return reinterpret_cast<uint16_t*>(at_mutable(v, head_offset(v, b, h) + row * v.stride[2]));
+  }
+
+  // Calls body(row, column, word) for the words of the region's query gradients or key gradients.
+  template <class Body>
+  void each_query_word(const Body& body) const {
+    for (int64_t r = 0; r < region_.rows; ++r)
+      for (int64_t d = 0; d < p_.D; d += 16)
+        body(r, d, _mm512_loadu_ps(dq_ + (r / 16 * blocks_of_query() + d / 16) * 256 + r % 16 * 16));
+  }
+  template <class Body>
+  void each_key_word(const float* sum_t, int64_t width, const Body& body) const {
     alignas(64) float block[16 * 16];
     for (int64_t c = 0; c < region_.cols; c += 16)
       for (int64_t d = 0; d < width; d += 16, sum_t += 256) {
         transpose_word_block(sum_t, 16, block, 16);
-        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k)
-          add_word(_mm512_load_ps(block + k * 16), width - d, to.row(region_.j(c + k)) + d, store);
+        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k) body(c + k, d, _mm512_load_ps(block + k * 16));
       }
+  }
+  void add_transposed(const float* sum_t, int64_t width, Rows<float> to, bool store) const {
+    each_key_word(sum_t, width, [&](int64_t c, int64_t d, __m512 x) {
+      add_word(x, width - d, to.row(region_.j(c)) + d, store);
+    });
+  }
+  void write_transposed(const float* sum_t, int64_t width, const View& to, int64_t b, int64_t hk) const {
+    each_key_word(sum_t, width, [&](int64_t c, int64_t d, __m512 x) {
+      write_word(x, width - d, bf16_at(to, b, hk, region_.j(c)) + d);
+    });
   }
 
   const MaskedAttentionParams& p_;

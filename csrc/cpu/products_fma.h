@@ -20,6 +20,11 @@ struct Blocking {
   int64_t short_rows = 0;  // rows of a tile of a head that sees few keys beside heads that see many
 };
 
+// Whose gradients are wanted.
+struct Wanted {
+  bool query, key, value;
+};
+
 template <class V>
 class FmaProducts {
  public:
@@ -28,6 +33,7 @@ class FmaProducts {
   static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = V::W * V::kCols;
   static constexpr bool kAnyRows = true;  // tiles need not have a multiple of rows, it is only faster
   static constexpr int64_t kStripRows = int64_t{1} << 30;  // a tile is one strip
+  static constexpr bool kOwnSums = false;                  // gradients are added to where they belong at once
 
   static Blocking blocking(bool narrow, bool backward) {
     // narrow patterns see few keys a row: short tiles waste fewer of them on hidden pairs
@@ -96,27 +102,26 @@ class FmaProducts {
     product<false>(first, rows, p_.Dv, cols, weights_, ld_, value_.data + lo * value_.ld, value_.ld, out, ld);
   }
 
-  // Backward: the gradients of a head are added to where they belong at once, so there is nothing to close. `stored`:
-  // they are stored there by the first tile that meets their rows.
+  // `stored`: a gradient's rows are stored by the first tile that meets them.
   void open_pair(bool, bool stored) { stored_ = stored; }
   void close_pair(Rows<T>, Rows<T>, bool) {}
   void open_head(bool) {}
   void close_head(Rows<T>, bool) {}
 
   // dv += P^T grad_out, dk += dS^T q, dq += dS k of the weights and gradients taken, each where wanted
-  void take_slopes(int64_t, int64_t, int64_t, int64_t, const T* P, const T* dS, int64_t ld, bool, bool, bool) {
+  void take_slopes(int64_t, int64_t, int64_t, int64_t, const T* P, const T* dS, int64_t ld, Wanted) {
     weights_ = P, slopes_ = dS, ld_ = ld;
   }
-  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Rows<T> dq, Rows<T> dk, Rows<T> dv,
+  void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Wanted wanted, Rows<T> dq, Rows<T> dk, Rows<T> dv,
                   bool first_of_rows, bool first_of_cols) {
     const int64_t j = region_.j(lo), i = region_.i(r0), step = region_.step;
     const T *q = query_.row(r0), *go = grad_out_.rows.row(r0);
     const bool store_rows = stored_ && first_of_rows, store_cols = stored_ && first_of_cols;
-    if (dv.data != nullptr)
+    if (wanted.value)
       product<true>(store_cols, cols, p_.Dv, rows, weights_, ld_, go, grad_out_.rows.ld, dv.row(j), dv.ld * step);
-    if (dk.data != nullptr)
+    if (wanted.key)
       product<true>(store_cols, cols, p_.D, rows, slopes_, ld_, q, query_.ld, dk.row(j), dk.ld * step);
-    if (dq.data != nullptr)
+    if (wanted.query)
       product<false>(store_rows, rows, p_.D, cols, slopes_, ld_, key_.row(lo), key_.ld, dq.row(i), dq.ld * step);
   }
 
