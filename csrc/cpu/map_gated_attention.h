@@ -294,8 +294,8 @@ class MapGate {
     for (int64_t head = first_head; head < last_head; ++head) {
       enter_head(head, true);
       products_.enter_grad_out(b_, h_);
-      products_.open_pair(true, true);
-      products_.open_head(true);
+      products_.open_pair(true);
+      products_.open_head();
       const Rows<T> dq = grad_rows(p_.grad_query, query_sum_, p_.D), dk = grad_rows(p_.grad_key, key_sum_, p_.D),
                     dv = grad_rows(p_.grad_value, value_sum_, p_.Dv);
       for (int64_t r0 = 0; r0 < p_.Lq; r0 += s_.blocking.tile_rows) {

@@ -424,7 +424,6 @@ class Backward {
 
   // False where the head sees none of the region.
   bool differentiate(const Region& region, int64_t b, int64_t h, int64_t hk, Rows<T> dq, Rows<T> dk, Rows<T> dv) {
-    const bool covered = !masks_.has_visibility;  // every tile is visited
     const Wanted wanted{p_.grad_query.data != nullptr, p_.grad_key.data != nullptr, p_.grad_value.data != nullptr};
     const KeyRange range = p_.n_patterns > 1
                                ? tile_range(spec_of_head(p_, h), region.i(0), region.i(region.rows - 1), p_.Lq, p_.Lk)
@@ -432,13 +431,13 @@ class Backward {
     if (range.stop <= region.j0 || range.start > region.j(region.cols - 1)) return false;
     if (!entered_) {
       products_.enter_keys(region, b, hk, s_.want_scores);
-      products_.open_pair(covered, s_.stored);
+      products_.open_pair(s_.stored);
     }
     const bool first_head = !entered_;
     entered_ = true;
     products_.enter_queries(region, b, h);
     products_.enter_grad_out(b, h);
-    products_.open_head(covered);
+    products_.open_head();
     Plane<const T> multiplier, bias;
     masks_.select(b, h, multiplier, bias);
     Tile<T> head{};
@@ -479,8 +478,8 @@ class Backward {
           if (p_.dropout_p > 0) masks_.drop(scores_, ld, strip.rows, tile.cols);
           products_.take_slopes(s, strip.rows, tile.rows, tile.cols, scores_, grad_, ld, wanted);
         }
-        products_.accumulate(r0, tile.rows, lo, tile.cols, wanted, dq, dk, dv, covered && lo == 0,
-                             covered && first_head && r0 == 0);
+        products_.accumulate(r0, tile.rows, lo, tile.cols, wanted, dq, dk, dv, lo == 0,
+                             first_head && r0 == 0);
         second_.accumulate(wanted.value, dv);
       }
     }

@@ -55,9 +55,9 @@ class AmxProducts {
     grad_out_ = take_grad_out(s, arena);
     weight_pairs_ = arena.take<uint16_t>(s.tile_rows * (s.tile_cols + 32));
     score_grad_pairs_ = arena.take<uint16_t>(s.tile_rows * (s.tile_cols + 32));
-    dq_ = arena.take<float>(rows_ * depth_);
-    dk_t_ = arena.take<float>(cols_ * depth_);
-    dv_t_ = arena.take<float>(cols_ * width_);
+    dq_ = {arena.take<float>(rows_ * depth_), ceil_div(p.D, 16)};
+    dk_t_ = {arena.take<float>(cols_ * depth_), ceil_div(p.D, 16)};
+    dv_t_ = {arena.take<float>(cols_ * width_), ceil_div(p.Dv, 16)};
   }
   ~AmxProducts() {
     if (configured_) tiles_release();
@@ -121,16 +121,9 @@ class AmxProducts {
              cols_ * 16, 512, in_rows(out, ld));
   }
 
-  // Gradients are summed in blocks, those of keys transposed. Where every tile is visited the first one stores its sums.
-  void open_pair(bool covered, bool) {
-    if (covered) return;
-    const size_t blocks = static_cast<size_t>(ceil_div(region_.cols, 16)), block_bytes = 256 * sizeof(float);
-    memset(dk_t_, 0, blocks * static_cast<size_t>(blocks_of_query()) * block_bytes);
-    memset(dv_t_, 0, blocks * static_cast<size_t>(blocks_of_value()) * block_bytes);
-  }
-  void open_head(bool covered) {
-    if (!covered) memset(dq_, 0, static_cast<size_t>(ceil_div(region_.rows, 16) * blocks_of_query() * 256) * sizeof(float));
-  }
+  // Gradients are summed in blocks, those of keys transposed.
+  void open_pair(bool) { dk_t_.opened = dv_t_.opened = 0; }
+  void open_head() { dq_.opened = 0; }
   void close_pair(Rows<float> dk, Rows<float> dv, bool store) {
     if (dk.data != nullptr) add_transposed(dk_t_, p_.D, dk, store);
     if (dv.data != nullptr) add_transposed(dv_t_, p_.Dv, dv, store);
@@ -160,20 +153,48 @@ class AmxProducts {
     if (wanted.query) narrow_rows(dS, ld, rows, cols, weights_ + s * round_up(cols, 32));
   }
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Wanted wanted, Rows<float>, Rows<float>,
-                  Rows<float>, bool first_of_rows, bool first_of_cols) {
+                  Rows<float>, bool, bool) {
     const int64_t words = ceil_div(cols, 16), padded_rows = round_up(rows, 32), padded_cols = round_up(cols, 32);
-    if (wanted.value)
-      amx_gemm(!first_of_cols, ceil_div(p_.Dv, 16), words, padded_rows / 32, grad_out_.transposed + r0, rows_, 32,
-               weight_pairs_, padded_rows * 16, 512, {dv_t_ + lo * 16 * blocks_of_value(), 16, 256, 256 * blocks_of_value()});
-    if (wanted.key)
-      amx_gemm(!first_of_cols, ceil_div(p_.D, 16), words, padded_rows / 32, query_t_ + r0, rows_, 32, score_grad_pairs_,
-               padded_rows * 16, 512, {dk_t_ + lo * 16 * blocks_of_query(), 16, 256, 256 * blocks_of_query()});
-    if (wanted.query)
-      amx_gemm(!first_of_rows, ceil_div(rows, 16), ceil_div(p_.D, 16), padded_cols / 32, weights_, padded_cols, 32,
-               key_rows_ + lo * 16, cols_ * 16, 512, {dq_ + r0 * 16 * blocks_of_query(), 16, 256 * blocks_of_query(), 256});
+    const int64_t D = dq_.width, Dv = dv_t_.width;
+    if (wanted.value) {
+      const bool add = dv_t_.open(lo / 16, words);
+      amx_gemm(add, Dv, words, padded_rows / 32, grad_out_.transposed + r0, rows_, 32, weight_pairs_, padded_rows * 16, 512,
+               {dv_t_.of(lo / 16), 16, 256, 256 * Dv});
+    }
+    if (wanted.key) {
+      const bool add = dk_t_.open(lo / 16, words);
+      amx_gemm(add, D, words, padded_rows / 32, query_t_ + r0, rows_, 32, score_grad_pairs_, padded_rows * 16, 512,
+               {dk_t_.of(lo / 16), 16, 256, 256 * D});
+    }
+    if (wanted.query) {
+      const bool add = dq_.open(r0 / 16, ceil_div(rows, 16));
+      amx_gemm(add, ceil_div(rows, 16), D, padded_cols / 32, weights_, padded_cols, 32, key_rows_ + lo * 16, cols_ * 16, 512,
+               {dq_.of(r0 / 16), 16, 256 * D, 256});
+    }
   }
 
  private:
+  // Sums of 16 rows or columns of a region after another, in blocks of 16 x 16 along the width. What was not met yet
+  // holds nothing.
+  struct Sums {
+    float* data = nullptr;
+    int64_t width = 0, opened = 0;  // blocks of 16
+
+    float* of(int64_t block) const { return data + block * width * 256; }
+    // Makes blocks [first, first + count) ready for a product: to add to, or, if false, to be overwritten by it.
+    bool open(int64_t first, int64_t count) {
+      if (first + count <= opened) return true;
+      const bool add = first < opened;
+      clear_until(add ? first + count : first);
+      opened = first + count;
+      return add;
+    }
+    void clear_until(int64_t block) {
+      if (block > opened) memset(of(opened), 0, static_cast<size_t>((block - opened) * width * 256) * sizeof(float));
+      opened = max64(opened, block);
+    }
+  };
+
   // Rows of bf16 in the caller's memory.
   struct Source {
     const uint16_t* data;
@@ -268,8 +289,6 @@ class AmxProducts {
       }
   }
 
-  int64_t blocks_of_query() const { return ceil_div(p_.D, 16); }
-  int64_t blocks_of_value() const { return ceil_div(p_.Dv, 16); }
   static TileSums in_rows(float* C, int64_t ld) { return {C, ld, 16 * ld, 16}; }
 
   // to[0, min(16, left)) (+)= x
@@ -290,13 +309,15 @@ class AmxProducts {
 
   // Calls body(row, column, word) for the words of the region's query gradients or key gradients.
   template <class Body>
-  void each_query_word(const Body& body) const {
+  void each_query_word(const Body& body) {
+    dq_.clear_until(ceil_div(region_.rows, 16));
     for (int64_t r = 0; r < region_.rows; ++r)
-      for (int64_t d = 0; d < p_.D; d += 16)
-        body(r, d, _mm512_loadu_ps(dq_ + (r / 16 * blocks_of_query() + d / 16) * 256 + r % 16 * 16));
+      for (int64_t d = 0; d < p_.D; d += 16) body(r, d, _mm512_loadu_ps(dq_.of(r / 16) + d * 16 + r % 16 * 16));
   }
   template <class Body>
-  void each_key_word(const float* sum_t, int64_t width, const Body& body) const {
+  void each_key_word(Sums& sums, int64_t width, const Body& body) const {
+    sums.clear_until(ceil_div(region_.cols, 16));
+    const float* sum_t = sums.data;
     alignas(64) float block[16 * 16];
     for (int64_t c = 0; c < region_.cols; c += 16)
       for (int64_t d = 0; d < width; d += 16, sum_t += 256) {
@@ -304,13 +325,13 @@ class AmxProducts {
         for (int64_t k = 0; k < min64(16, region_.cols - c); ++k) body(c + k, d, _mm512_load_ps(block + k * 16));
       }
   }
-  void add_transposed(const float* sum_t, int64_t width, Rows<float> to, bool store) const {
-    each_key_word(sum_t, width, [&](int64_t c, int64_t d, __m512 x) {
+  void add_transposed(Sums& sums, int64_t width, Rows<float> to, bool store) const {
+    each_key_word(sums, width, [&](int64_t c, int64_t d, __m512 x) {
       add_word(x, width - d, to.row(region_.j(c)) + d, store);
     });
   }
-  void write_transposed(const float* sum_t, int64_t width, const View& to, int64_t b, int64_t hk) const {
-    each_key_word(sum_t, width, [&](int64_t c, int64_t d, __m512 x) {
+  void write_transposed(Sums& sums, int64_t width, const View& to, int64_t b, int64_t hk) const {
+    each_key_word(sums, width, [&](int64_t c, int64_t d, __m512 x) {
       write_word(x, width - d, bf16_at(to, b, hk, region_.j(c)) + d);
     });
   }
@@ -320,7 +341,7 @@ class AmxProducts {
   int64_t depth_, width_, rows_, cols_;
   uint16_t *key_pairs_, *query_, *weights_, *value_rows_ = nullptr;
   uint16_t *value_pairs_ = nullptr, *key_rows_ = nullptr, *query_t_ = nullptr, *weight_pairs_ = nullptr, *score_grad_pairs_ = nullptr;
-  float *dq_ = nullptr, *dk_t_ = nullptr, *dv_t_ = nullptr;
+  Sums dq_, dk_t_, dv_t_;
   GradOut grad_out_;
   Region region_{};
 };

@@ -103,9 +103,9 @@ class FmaProducts {
   }
 
   // `stored`: a gradient's rows are stored by the first tile that meets them.
-  void open_pair(bool, bool stored) { stored_ = stored; }
+  void open_pair(bool stored) { stored_ = stored; }
   void close_pair(Rows<T>, Rows<T>, bool) {}
-  void open_head(bool) {}
+  void open_head() {}
   void close_head(Rows<T>, bool) {}
 
   // dv += P^T grad_out, dk += dS^T q, dq += dS k of the weights and gradients taken, each where wanted
