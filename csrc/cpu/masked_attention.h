@@ -50,7 +50,7 @@ Blocking choose_blocking(const MaskedAttentionParams& p, bool backward, int64_t 
   for (int64_t h = 0; narrow && h < p.n_patterns; ++h) narrow = suits_short_tiles<Products>(p, p.patterns[h]);
   Blocking s = Products::blocking(narrow, backward);
   constexpr int64_t R = Products::kRowMultiple, C = Products::kColMultiple;
-  s.region_rows = min64(s.region_rows, round_up(max64(rows, 1), R));
+  s.region_rows = round_up(ceil_div(max64(rows, 1), ceil_div(max64(rows, 1), s.region_rows)), R);
   s.region_cols = min64(s.region_cols, round_up(max64(cols, 1), C));
   s.tile_rows = round_up(ceil_div(s.region_rows, ceil_div(s.region_rows, s.tile_rows)), R);
   s.tile_cols = round_up(ceil_div(s.region_cols, ceil_div(s.region_cols, s.tile_cols)), C);
