@@ -1,11 +1,15 @@
-"""Module tests run in float64, where the default tolerances of torch.testing mean something."""
+"""Module tests run in the widest dtype of their backend, in float64 where they have none: there the
+default tolerances of torch.testing mean something."""
 
 import pytest
 import torch
+from backends import widest
 
 
 @pytest.fixture(autouse=True)
-def float64_by_default():
-    torch.set_default_dtype(torch.float64)
+def widest_by_default(request):
+    parameters = getattr(request.node, "callspec", None)
+    backend = parameters.params.get("backend") if parameters else None
+    torch.set_default_dtype(getattr(torch, widest(backend)) if backend else torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
