@@ -9,7 +9,7 @@
 namespace lam {
 namespace {
 
-// Two words of 16 floats as bf16, nearest even: one after the other, or lane by lane in pairs, as AMX wants its B.
+// Two words of 16 floats as bf16, nearest even, one after the other.
 #ifdef LAM_EMULATE_AMX
 inline __m512i bf16_bits(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
@@ -18,21 +18,18 @@ inline __m512i bf16_bits(__m512 x) {
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), rounded, quiet);
 }
-inline __m512i bf16_pairs(__m512 even, __m512 odd) {
-  return _mm512_or_si512(bf16_bits(even), _mm512_slli_epi32(bf16_bits(odd), 16));
-}
 inline __m512i bf16_words(__m512 first, __m512 second) {
   const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(bf16_bits(first)));
   return _mm512_inserti64x4(low, _mm512_cvtepi32_epi16(bf16_bits(second)), 1);
 }
 #else
 inline __m512i bf16_words(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
-inline __m512i bf16_pairs(__m512 even, __m512 odd) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
 #endif
+// Lane by lane in pairs, as AMX wants its B.
+inline __m512i in_pairs(__m512i words) {
+  const __m512i even = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_permutexvar_epi16(_mm512_or_si512(even, _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(16)), 16)), words);
+}
 
 #ifdef LAM_EMULATE_AMX
 

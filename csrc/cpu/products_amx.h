@@ -5,12 +5,8 @@
 // The products take so little time that scores must not leave the first-level cache: a tile is worked on in strips of
 // rows, and only what the next products need of them, in bf16, is kept for the whole tile.
 #pragma once
-#ifndef LAM_STRIP
-#define LAM_STRIP 32
-#endif
 #include <cstdint>
 #include <cstring>
-#include <cstdlib>
 
 #include "amx_tile.h"
 #include "arena.h"
@@ -26,14 +22,12 @@ class AmxProducts {
   using T = float;
   static constexpr int64_t kRowMultiple = 32, kColMultiple = 32;
   static constexpr bool kAnyRows = false;
-  static constexpr int64_t kStripRows = LAM_STRIP;
+  static constexpr int64_t kStripRows = 32;
   static constexpr bool kOwnSums = true;  // gradients are summed over the region, and then go where they belong
 
   static Blocking blocking(bool narrow, bool backward) {
-    static int64_t v[8]; static bool init = false;
-    if (!init) { const char* e = getenv("BLK"); if (!e) e = "384,512,128,128,384,512,128,256"; char* q = const_cast<char*>(e); for (int i = 0; i < 8; ++i) { v[i] = strtol(q, &q, 10); if (*q) ++q; } init = true; }
     if (narrow) return {384, 1024, 64, 256};
-    return backward ? Blocking{v[0], v[1], v[2], v[3]} : Blocking{v[4], v[5], v[6], v[7]};
+    return {384, 512, 128, backward ? 128 : 256};
   }
 
   AmxProducts(const MaskedAttentionParams& p, const Blocking& s, bool backward, Arena& arena)
@@ -112,7 +106,7 @@ class AmxProducts {
 
   // Rows [s, s + rows) of a tile's weights, whose products come once the tile has them all.
   void take_weights(int64_t s, int64_t rows, int64_t cols, const float* P, int64_t ld) {
-    narrow_rows(P, ld, rows, cols, weights_ + s * round_up(cols, 32));
+    narrow<false, true>(P, ld, rows, rows, cols, nullptr, weights_ + s * round_up(cols, 32));
   }
   // Rows of `out` up to a multiple of 16 are written.
   void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, float* out, int64_t ld) {
@@ -147,10 +141,12 @@ class AmxProducts {
   // Rows [s, s + rows) of a tile of tile_rows: weights and gradients of the scores, for the gradients that are wanted.
   void take_slopes(int64_t s, int64_t rows, int64_t tile_rows, int64_t cols, const float* P, const float* dS, int64_t ld,
                    Wanted wanted) {
-    const int64_t padded_rows = round_up(tile_rows, 32);
-    if (wanted.value) interleave(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16);
-    if (wanted.key) interleave(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16);
-    if (wanted.query) narrow_rows(dS, ld, rows, cols, weights_ + s * round_up(cols, 32));
+    const int64_t padded_rows = round_up(tile_rows, 32), padded_cols = round_up(cols, 32);
+    uint16_t* rows_to = weights_ + s * padded_cols;
+    if (wanted.value) narrow<true, false>(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16, nullptr);
+    if (wanted.key && wanted.query) narrow<true, true>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, rows_to);
+    else if (wanted.key) narrow<true, false>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, nullptr);
+    else if (wanted.query) narrow<false, true>(dS, ld, rows, padded_rows, cols, nullptr, rows_to);
   }
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Wanted wanted, Rows<float>, Rows<float>,
                   Rows<float>, bool, bool) {
@@ -270,23 +266,32 @@ class AmxProducts {
       }
   }
 
-  // fp32 rows -> bf16 rows, zero up to a block of 32 columns; rows to a multiple of 16 may be read by a product, and
-  // make rows of its result that nobody reads
-  static void narrow_rows(const float* x, int64_t ld, int64_t rows, int64_t cols, uint16_t* to) {
-    const int64_t padded = round_up(cols, 32);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < padded; c += 32)
-        _mm512_storeu_si512(to + r * padded + c, bf16_words(word(x + r * ld, c, cols), word(x + r * ld, c + 16, cols)));
-  }
-
-  // fp32 rows -> [column block of 16][pairs of rows][16], rows up to a block of 32 zero
-  static void interleave(const float* x, int64_t ld, int64_t rows, int64_t padded_rows, int64_t cols, uint16_t* to) {
-    for (int64_t c = 0; c < cols; c += 16)
-      for (int64_t r = 0; r < round_up(rows, 32); r += 2) {
-        const __m512 even = r < rows ? word(x + r * ld, c, cols) : _mm512_setzero_ps();
-        const __m512 odd = r + 1 < rows ? word(x + (r + 1) * ld, c, cols) : _mm512_setzero_ps();
-        _mm512_storeu_si512(to + c * padded_rows + r * 16, bf16_pairs(even, odd));
+  // fp32 rows -> bf16: in pairs of rows, [column block of 16][pairs of padded_rows][16], rows up to a block of 32 zero;
+  // in rows, columns up to a block of 32 zero. A product may read rows of garbage up to a multiple of 16, and makes rows
+  // of them that nobody reads.
+  template <bool kPairs, bool kRows>
+  static void narrow(const float* x, int64_t ld, int64_t rows, int64_t padded_rows, int64_t cols, uint16_t* pairs,
+                     uint16_t* in_rows) {
+    const int64_t padded_cols = round_up(cols, 32);
+    const auto put = [&](int64_t r, int64_t c, __m512 even, __m512 odd, __m512 next_even, __m512 next_odd) {
+      const __m512i first = bf16_words(even, odd), second = bf16_words(next_even, next_odd);
+      if constexpr (kPairs) {
+        _mm512_storeu_si512(pairs + c * padded_rows + r * 16, in_pairs(first));
+        _mm512_storeu_si512(pairs + (c + 16) * padded_rows + r * 16, in_pairs(second));
       }
+      if constexpr (kRows) {
+        _mm512_storeu_si512(in_rows + r * padded_cols + c, _mm512_shuffle_i64x2(first, second, 0x44));
+        _mm512_storeu_si512(in_rows + (r + 1) * padded_cols + c, _mm512_shuffle_i64x2(first, second, 0xee));
+      }
+    };
+    for (int64_t r = 0; r < round_up(rows, kPairs ? 32 : 2); r += 2) {
+      const float *even = x + r * ld, *odd = even + ld;
+      int64_t c = 0;
+      for (; r + 2 <= rows && c + 32 <= cols; c += 32)
+        put(r, c, _mm512_loadu_ps(even + c), _mm512_loadu_ps(odd + c), _mm512_loadu_ps(even + c + 16), _mm512_loadu_ps(odd + c + 16));
+      const auto at = [&](int64_t row, int64_t col) { return row < rows ? word(x + row * ld, col, cols) : _mm512_setzero_ps(); };
+      for (; c < padded_cols; c += 32) put(r, c, at(r, c), at(r + 1, c), at(r, c + 16), at(r + 1, c + 16));
+    }
   }
 
   static TileSums in_rows(float* C, int64_t ld) { return {C, ld, 16 * ld, 16}; }
