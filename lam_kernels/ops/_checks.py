@@ -18,8 +18,9 @@ MAX_HEAD_DIM = 256
 
 def cast_under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The three as autocast wants them; float64 and what is no float stay as they are."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor)
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_tensor(name, tensor)
     device = query.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask about
         return query, key, value
@@ -131,13 +132,10 @@ def check_float_operand(
     name: str, operand: Tensor, shape: tuple[int, int, int, int], query: Tensor
 ) -> Tensor:
     """A dense multiplier or bias, with 4 axes."""
-    if isinstance(operand, LowRankMask):
-        raise TypeError(
-            f"{name} must be a Tensor, got a LowRankMask, which this op does not take: "
-            "pass its .dense()"
-        )
     if not isinstance(operand, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(operand).__name__}")
+        hint = ", which this op does not take: pass its .dense()"
+        got = f"a LowRankMask{hint}" if isinstance(operand, LowRankMask) else type(operand).__name__
+        raise TypeError(f"{name} must be a Tensor, got {got}")
     dtype = operand.dtype
     if dtype not in FLOAT_DTYPES:
         hint = "; a boolean mask is attn_mask (or key_mask)" if not dtype.is_floating_point else ""
@@ -155,10 +153,10 @@ def check_mask(
     """A multiplier or bias as the op takes it: (M, None, None) or (rows, columns, offset)."""
     if operand is None:
         return None, None, None
-    if not isinstance(operand, (Tensor, LowRankMask)):
-        raise TypeError(f"{name} must be a Tensor or a LowRankMask, got {type(operand).__name__}")
     if isinstance(operand, Tensor):
         return check_float_operand(name, operand, shape, query), None, None
+    if not isinstance(operand, LowRankMask):
+        raise TypeError(f"{name} must be a Tensor or a LowRankMask, got {type(operand).__name__}")
     B, H, Lq, Lk = shape
     rank = operand.rank
     if rank > MAX_RANK:

@@ -177,11 +177,12 @@ def _attend(
             attn_mask=attn_mask, key_mask=key_mask, scale=scale, dropout_p=dropout_p,
             rng_state=rng_state, enable_gqa=enable_gqa, gate=gate, return_lse=return_lse,
         )  # fmt: skip
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    observed = traced_or_transformed()
+    if observed and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # of a tensor that was allocated and then filled (DeepSeek's keys) dynamo thinks that it has
         # no gradient: _Forward would be traced without it
         learned = [x if x is None else x.view_as(x) for x in learned]
-    out, lse = (_Forward.apply if traced_or_transformed() else _eager_forward)(
+    out, lse = (_Forward.apply if observed else _eager_forward)(
         *learned,
         (attn_mask, key_mask, rng_state, *segment_ids),
         (flat, scale, dropout_p, gate, backend),
