@@ -136,7 +136,7 @@ class LocalMap {
 template <class Products>
 class LocalMapBackward {
  public:
-  static constexpr bool kWholeTiles = true;
+  static constexpr bool kWholeTiles = true;  // and pieces keep their weights until the tile's own are through
   using V = typename Products::Word;
   using T = typename V::T;
   using Params = GlobalLocalAttentionParams;

@@ -2,8 +2,9 @@
 // every instruction set. Formulas: python_ref/masked_attention.py.
 //
 // The scores are walked in regions, rectangles of pairs whose mask tile stays in the second-level cache while every
-// head that shares it goes by; a region is walked in tiles, whose scores stay there as well. All packing happens when a
-// head enters a region. No two tasks add to the same number (schedule.h), so results repeat bit for bit.
+// head that shares it goes by; a region is walked in tiles, whose scores stay there as well, or, in strips, in the
+// first-level cache. All packing happens when a head enters a region. No two tasks add to the same number (schedule.h),
+// so results repeat bit for bit.
 #pragma once
 #include <cmath>
 #include <cstdint>

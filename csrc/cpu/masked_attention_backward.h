@@ -1,63 +1,14 @@
 // The backward pass of masked_attention on the CPU: scores are computed again, tile by tile, and every gradient that is
-// wanted is summed in place.
+// wanted is summed where it belongs, or where its products keep their sums.
 #pragma once
 #include <iterator>
 
 #include "far_rows.h"
 #include "masked_attention.h"
+#include "row_sums.h"
 
 namespace lam {
 namespace {
-
-// The gradients of one row of a result: lse and rowsum(grad_out * out) - grad_lse.
-template <class V>
-class RowSums {
- public:
-  using T = typename V::T;
-  RowSums(const MaskedAttentionParams& p, int64_t rows, Arena& arena) : p_(p) {
-    shift_ = arena.take<T>(rows);
-    rest_ = arena.take<T>(rows);
-    delta_ = arena.take<T>(rows);
-  }
-  RowSlopes<T> of(int64_t r) const { return {shift_ + r, rest_ + r, delta_ + r}; }  // of the rows from r on
-
-  void enter(const Region& region, int64_t b, int64_t h) {
-    const int64_t *ls = p_.lse.stride, *gs = p_.grad_lse.stride;
-    for (int64_t r = 0; r < region.rows; ++r) {
-      const int64_t i = region.i(r);
-      const int64_t at_lse = head_offset(p_.lse, b, h) + i * ls[2];
-      const T lse = static_cast<const T*>(p_.lse.data)[at_lse];
-      shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
-      rest_[r] = p_.lse_rest.data == nullptr ? T(0) : static_cast<const T*>(p_.lse_rest.data)[at_lse];
-      const char *out = row_of(p_.out, b, h, i), *grad_out = row_of(p_.grad_out, b, h, i);
-      const DType out_type = p_.out.dtype, grad_type = p_.grad_out.dtype;
-      typename V::reg sum = V::zero();
-      int64_t d = 0;
-      for (; d + V::W <= p_.Dv; d += V::W)
-        sum = V::fma(load_word<V>(out + d * size_of(out_type), out_type),
-                     load_word<V>(grad_out + d * size_of(grad_type), grad_type), sum);
-      if (d < p_.Dv) {
-        alignas(64) T last_out[V::W], last_grad[V::W];
-        V::store(last_out, V::zero());
-        V::store(last_grad, V::zero());
-        load_row<V>(last_out, out + d * size_of(out_type), out_type, 1, p_.Dv - d);
-        load_row<V>(last_grad, grad_out + d * size_of(grad_type), grad_type, 1, p_.Dv - d);
-        sum = V::fma(V::load(last_out), V::load(last_grad), sum);
-      }
-      delta_[r] = V::reduce_add(sum);
-      if (p_.grad_lse.data != nullptr)
-        delta_[r] -= load_scalar<T>(at(p_.grad_lse, head_offset(p_.grad_lse, b, h) + i * gs[2]), p_.grad_lse.dtype);
-    }
-  }
-
- private:
-  static const char* row_of(const View& v, int64_t b, int64_t h, int64_t i) {
-    return at(v, head_offset(v, b, h) + i * v.stride[2]);
-  }
-
-  const MaskedAttentionParams& p_;
-  T *shift_, *rest_, *delta_;
-};
 
 // A second softmax of the same scores is worked out beside the first (global_local_attention.h); here there is none.
 template <class Products>
@@ -166,7 +117,7 @@ class Backward {
     // One region has a part in a row's gradients, and where the products keep sums of it those are the gradient.
     bool queries_once = false, keys_once = false;
     GradTarget<T> multiplier, bias;
-    // Sums of the heads' gradients where the caller's tensors cannot take them; null otherwise.
+    // Sums of the heads' gradients over several regions, where the caller's tensors cannot take them.
     T *query_sum = nullptr, *key_sum = nullptr, *value_sum = nullptr;
 
     explicit Shared(const MaskedAttentionParams& params) : p(params) {

@@ -33,12 +33,11 @@ class AmxProducts {
   AmxProducts(const MaskedAttentionParams& p, const Blocking& s, bool backward, Arena& arena)
       : p_(p), depth_(round_up(p.D, 32)), width_(round_up(p.Dv, 32)) {
     if (arena.base != nullptr) tiles_configure(), configured_ = true;
-    // a pack may be read up to one block of 32 rows or columns past the region
-    rows_ = s.region_rows + 32;
-    cols_ = s.region_cols + 32;
+    rows_ = s.region_rows + 32;  // no power of two, or all rows of a transposed pack would meet in few sets of the cache
+    cols_ = s.region_cols + 32;  // packs are read up to a block of 32 columns past the region
     key_pairs_ = arena.take<uint16_t>(cols_ * depth_);
     query_ = arena.take<uint16_t>(rows_ * depth_);
-    weights_ = arena.take<uint16_t>(s.tile_rows * (s.tile_cols + 32));
+    weights_ = arena.take<uint16_t>(s.tile_rows * s.tile_cols);
     if (!backward) {
       value_rows_ = arena.take<uint16_t>(cols_ * round_up(p.Dv, 16));
       return;
@@ -47,11 +46,11 @@ class AmxProducts {
     key_rows_ = arena.take<uint16_t>(cols_ * depth_);
     query_t_ = arena.take<uint16_t>(rows_ * depth_);
     grad_out_ = take_grad_out(s, arena);
-    weight_pairs_ = arena.take<uint16_t>(s.tile_rows * (s.tile_cols + 32));
-    score_grad_pairs_ = arena.take<uint16_t>(s.tile_rows * (s.tile_cols + 32));
-    dq_ = {arena.take<float>(rows_ * depth_), ceil_div(p.D, 16)};
-    dk_t_ = {arena.take<float>(cols_ * depth_), ceil_div(p.D, 16)};
-    dv_t_ = {arena.take<float>(cols_ * width_), ceil_div(p.Dv, 16)};
+    weight_pairs_ = arena.take<uint16_t>(s.tile_rows * s.tile_cols);
+    score_grad_pairs_ = arena.take<uint16_t>(s.tile_rows * s.tile_cols);
+    dq_ = {arena.take<float>(s.region_rows * round_up(p.D, 16)), ceil_div(p.D, 16)};
+    dk_t_ = {arena.take<float>(s.region_cols * round_up(p.D, 16)), ceil_div(p.D, 16)};
+    dv_t_ = {arena.take<float>(s.region_cols * round_up(p.Dv, 16)), ceil_div(p.Dv, 16)};
   }
   ~AmxProducts() {
     if (configured_) tiles_release();

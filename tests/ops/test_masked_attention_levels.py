@@ -4,6 +4,7 @@ own."""
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import levels
 import pytest
@@ -23,13 +24,25 @@ FIXED = [
 FIXED += [
     p.but(multiplier="rank 20: 11 11 11", bias="rank 3: 1h 1h") for p in FIXED if p.Lq in (31, 257)
 ]
+# More than one region: gradients in which one region alone has a part, rows of regions that see
+# nothing, keys that no row sees.
+long = partial(Problem, B=1, H=2, D=40, dtype="bfloat16", dropout_p=0.1, lse_grad=True)
+REGIONS = [
+    long(Lq=800, pattern="BlockDiagonal(64)", bias="1h1k"),
+    long(Lq=800, Lk=512, pattern="BlockDiagonal(96)", multiplier="11qk"),
+    long(Lq=1100, Lk=400, pattern='Causal(alignment="end")'),
+    long(H=4, Hkv=2, Lq=800, pattern="DilatedToeplitz(90, 5)", multiplier="11qk"),
+    long(H=3, Hkv=1, Lq=700, pattern=("Toeplitz(9)", "DilatedToeplitz(9, 3)", None)),
+    long(Lq=700, Dv=72, multiplier="1h1k", key_mask=True),
+]
 
 
 def problems(level: str) -> list[Problem]:
     dtype = "bfloat16" if level.startswith("amx") else None  # the one dtype that tiles serve
     drawn = [random_problem(10_000 + n, dtype) for n in range(COUNT)]
     drawn += [random_low_rank_problem(10_000 + n, dtype) for n in range(COUNT // 3)]
-    return [p for p in FIXED if dtype in (None, p.dtype)] + drawn
+    fixed = FIXED if dtype is None else [p for p in FIXED if p.dtype == dtype] + REGIONS
+    return fixed + drawn
 
 
 @pytest.mark.backend("cpu")
