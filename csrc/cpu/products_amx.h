@@ -205,46 +205,32 @@ class AmxProducts {
     return c + 16 <= cols ? _mm512_loadu_ps(row + c)
                           : _mm512_maskz_loadu_ps(static_cast<__mmask16>(low_bits(max64(0, cols - c))), row + c);
   }
-  static __m256i half_word(const Source& x, int64_t r, int64_t d) {
-    if (r >= x.rows || d >= x.width) return _mm256_setzero_si256();
-    return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(low_bits(min64(16, x.width - d))), x.row(r) + d);
+  // 32 or 16 elements from d on of row r, zeros beyond the width and the last row
+  static __m512i row_word(const Source& x, int64_t r, int64_t d) {
+    if (r >= x.rows) return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(min64(32, x.width - d))), x.row(r) + d);
   }
-  static __m256i load_half(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static void store_half(uint16_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
-  static __m512i interleave_halves(__m256i even, __m256i odd) {
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+  static __m512i row_half(const Source& x, int64_t r, int64_t d) {
+    if (r >= x.rows) return _mm512_setzero_si512();
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(low_bits(min64(16, x.width - d))), x.row(r) + d));
   }
-  // 16 columns from d on of rows r and r + 1, in pairs
+  // 16 elements from d on of rows r and r + 1, in pairs
   static __m512i row_pair(const Source& x, int64_t r, int64_t d) {
-    if (r + 2 <= x.rows && d + 16 <= x.width) return interleave_halves(load_half(x.row(r) + d), load_half(x.row(r + 1) + d));
-    return interleave_halves(half_word(x, r, d), half_word(x, r + 1, d));
+    return _mm512_or_si512(row_half(x, r, d), _mm512_slli_epi32(row_half(x, r + 1, d), 16));
   }
 
   void copy_rows(const Source& x, int64_t padded, uint16_t* to) const {
-    for (int64_t r = 0; r < x.rows; ++r) {
-      int64_t d = 0;
-      for (; d + 16 <= x.width; d += 16) store_half(to + r * padded + d, load_half(x.row(r) + d));
-      for (; d < padded; d += 16) store_half(to + r * padded + d, half_word(x, r, d));
-    }
-    const int64_t rest = round_up(x.rows, 32) - x.rows;
-    memset(to + x.rows * padded, 0, static_cast<size_t>(rest * padded) * sizeof(uint16_t));
+    for (int64_t r = 0; r < round_up(x.rows, 32); ++r)
+      for (int64_t d = 0; d < padded; d += 32) _mm512_storeu_si512(to + r * padded + d, row_word(x, r, d));
   }
 
   // [row block of 16][width block of 32][16 pairs along the width][16 rows]
   void pack_along_width(const Source& x, int64_t padded, uint16_t* to) const {
     alignas(64) float block[16 * 16];
-    for (int64_t r = 0; r < round_up(x.rows, 32); r += 16)
+    for (int64_t r = 0; r < round_up(x.rows, 16); r += 16)
       for (int64_t d = 0; d < padded; d += 32) {
-        float* out = reinterpret_cast<float*>(to + r * padded + d * 16);
-        if (r + 16 <= x.rows && d + 32 <= x.width && x.ld % 2 == 0) {
-          transpose_word_block(reinterpret_cast<const float*>(x.row(r) + d), x.ld / 2, out, 16);
-          continue;
-        }
-        for (int64_t k = 0; k < 16; ++k) {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(block + k * 16), half_word(x, r + k, d));
-          _mm256_store_si256(reinterpret_cast<__m256i*>(block + k * 16 + 8), half_word(x, r + k, d + 16));
-        }
-        transpose_word_block(block, 16, out, 16);
+        for (int64_t k = 0; k < 16; ++k) _mm512_store_si512(block + k * 16, row_word(x, r + k, d));
+        transpose_word_block(block, 16, reinterpret_cast<float*>(to + r * padded + d * 16), 16);
       }
   }
 
@@ -304,7 +290,7 @@ class AmxProducts {
 
   static void write_word(__m512 x, int64_t left, uint16_t* to) {
     const __m256i narrow = _mm512_castsi512_si256(bf16_words(x, x));
-    if (left >= 16) return store_half(to, narrow);
+    if (left >= 16) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow);
     _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(low_bits(left)), narrow);
   }
   static uint16_t* bf16_at(const View& v, int64_t b, int64_t h, int64_t row) {

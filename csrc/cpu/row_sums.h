@@ -38,14 +38,7 @@ class RowSums {
       for (; d + V::W <= p_.Dv; d += V::W)
         sum = V::fma(load_word<V>(out + d * size_of(out_type), out_type),
                      load_word<V>(grad_out + d * size_of(grad_type), grad_type), sum);
-      if (d < p_.Dv) {
-        alignas(64) T last_out[V::W], last_grad[V::W];
-        V::store(last_out, V::zero());
-        V::store(last_grad, V::zero());
-        load_row<V>(last_out, out + d * size_of(out_type), out_type, 1, p_.Dv - d);
-        load_row<V>(last_grad, grad_out + d * size_of(grad_type), grad_type, 1, p_.Dv - d);
-        sum = V::fma(V::load(last_out), V::load(last_grad), sum);
-      }
+      if (d < p_.Dv) sum = V::fma(rest_of_row(out, out_type, d), rest_of_row(grad_out, grad_type, d), sum);
       delta_[r] = V::reduce_add(sum);
       if (p_.grad_lse.data != nullptr)
         delta_[r] -= load_scalar<T>(at(p_.grad_lse, head_offset(p_.grad_lse, b, h) + i * gs[2]), p_.grad_lse.dtype);
@@ -53,6 +46,17 @@ class RowSums {
   }
 
  private:
+  // Elements from d on, fewer than a word, in lanes of their own: those of the row's last word, which begins before them.
+  typename V::reg rest_of_row(const char* row, DType type, int64_t d) const {
+    if (p_.Dv < V::W) {
+      alignas(64) T word[V::W];
+      V::store(word, V::zero());
+      load_row<V>(word, row, type, 1, p_.Dv);
+      return V::load(word);
+    }
+    const uint32_t all = (uint32_t{1} << V::W) - 1, before = (uint32_t{1} << (V::W - (p_.Dv - d))) - 1;
+    return V::keep(V::from_bits(all & ~before), load_word<V>(row + (p_.Dv - V::W) * size_of(type), type));
+  }
   static const char* row_of(const View& v, int64_t b, int64_t h, int64_t i) {
     return at(v, head_offset(v, b, h) + i * v.stride[2]);
   }
