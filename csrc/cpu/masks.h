@@ -85,8 +85,10 @@ class MaskGradWriter {
                  Arena& arena)
       : target_(target), fold_(target.factors, max_rows, max_cols, arena) {
     buffer_ld_ = max_cols + (target.factors.wanted() ? V::W : 0);
+    // a row that serves all queries collects them all
+    one_row_ = target.grad.data != nullptr && target.grad.stride[2] == 0;
     const bool buffered = target.wanted() && (!target.in_rows || p.n_patterns > 0);
-    buffer_ = arena.take<T>(buffered ? max_rows * buffer_ld_ : 0);
+    buffer_ = arena.take<T>(buffered ? (one_row_ ? 1 : max_rows) * buffer_ld_ : 0);
   }
 
   void enter(const Region& region, int64_t replica) {
@@ -108,11 +110,11 @@ class MaskGradWriter {
       first = fresh && target_.store_once && target_.covered;
       return {sum_ + slice + region_.i0 * s[2] + region_.j0, s[2]};
     }
-    first = fresh && target_.covered;
-    if (fresh && !target_.covered)
-      for (int64_t r = 0; r < region_.rows; ++r)
+    first = fresh && target_.covered && !one_row_;
+    if (fresh && !first)
+      for (int64_t r = 0; r < rows(); ++r)
         memset(buffer_ + r * buffer_ld_, 0, static_cast<size_t>(region_.cols) * sizeof(T));
-    return {buffer_, buffer_ld_};
+    return {buffer_, one_row_ ? 0 : buffer_ld_};
   }
 
   // The heads that share the current plane are through.
@@ -122,7 +124,7 @@ class MaskGradWriter {
     if (slice < 0 || !target_.wanted() || (target_.in_rows && region_.step == 1)) return;
     if (target_.factors.wanted()) return fold_.fold(region_, b_, h_, replica_, buffer_, buffer_ld_);
     const int64_t* s = target_.grad.stride;
-    for (int64_t r = 0; r < region_.rows; ++r) {
+    for (int64_t r = 0; r < rows(); ++r) {
       const T* row = buffer_ + r * buffer_ld_;
       const int64_t to = slice + region_.i(r) * s[2] + region_.j0 * s[3];
       if (sum_ == nullptr) {
@@ -146,8 +148,11 @@ class MaskGradWriter {
   }
 
  private:
+  int64_t rows() const { return one_row_ ? 1 : region_.rows; }
+
   const GradTarget<T>& target_;
   FactorFold<V> fold_;
+  bool one_row_;
   T* buffer_;
   int64_t buffer_ld_;
   T* sum_ = nullptr;
