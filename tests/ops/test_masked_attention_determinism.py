@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import check, evaluate
 
+from lam_kernels.triton import availability
 from python_ref.inputs import Problem
 
 REPEATS = 50
@@ -80,6 +81,8 @@ def test_regions_that_lie_alike(rest):
 def test_python_threads(backend):
     """Calls from several Python threads at once neither disturb each other nor the caller's cached
     scratch."""
+    if backend == "triton" and availability.interpreting():
+        pytest.skip("Triton's interpreter keeps the grid it runs in one place for all threads")
     problems = [p.but(dtype=d) for p in CASES.values() for d in ("float32", "bfloat16")]
     # a torch thread count of one is the same in every Python thread
     torch.set_num_threads(1)
