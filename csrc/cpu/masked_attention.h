@@ -200,7 +200,7 @@ struct NoSecondMap {
 // Rows of a tile that are worked on at once.
 template <class Products, class SecondMap>
 constexpr int64_t strip_rows() {
-  return SecondMap::kWholeTiles ? int64_t{1} << 30 : Products::kStripRows;
+  return SecondMap::kWholeTiles ? kWholeTile : Products::kStripRows;
 }
 
 template <class Products, template <class> class SecondMap = NoSecondMap>

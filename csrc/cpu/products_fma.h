@@ -20,6 +20,8 @@ struct Blocking {
   int64_t short_rows = 0;  // rows of a tile of a head that sees few keys beside heads that see many
 };
 
+constexpr int64_t kWholeTile = int64_t{1} << 30;  // rows of a strip that is all of a tile
+
 // Whose gradients are wanted.
 struct Wanted {
   bool query, key, value;
@@ -32,8 +34,8 @@ class FmaProducts {
   using T = typename V::T;
   static constexpr int64_t kRowMultiple = V::kRows, kColMultiple = V::W * V::kCols;
   static constexpr bool kAnyRows = true;  // tiles need not have a multiple of rows, it is only faster
-  static constexpr int64_t kStripRows = int64_t{1} << 30;  // a tile is one strip
-  static constexpr bool kOwnSums = false;                  // gradients are added to where they belong at once
+  static constexpr int64_t kStripRows = kWholeTile;
+  static constexpr bool kOwnSums = false;  // gradients are added to where they belong at once
 
   static Blocking blocking(bool narrow, bool backward) {
     // narrow patterns see few keys a row: short tiles waste fewer of them on hidden pairs
@@ -108,7 +110,8 @@ class FmaProducts {
   void open_head() {}
   void close_head(Rows<T>, bool) {}
 
-  // dv += P^T grad_out, dk += dS^T q, dq += dS k of the weights and gradients taken, each where wanted
+  // dv += P^T grad_out, dk += dS^T q, dq += dS k of the weights and gradients taken, each where wanted; = instead of +=
+  // where its rows are stored and this tile is the first to come
   void take_slopes(int64_t, int64_t, int64_t, int64_t, const T* P, const T* dS, int64_t ld, Wanted) {
     weights_ = P, slopes_ = dS, ld_ = ld;
   }

@@ -11,7 +11,7 @@
 namespace lam {
 namespace {
 
-// The gradients of one row of a result: lse and rowsum(grad_out * out) - grad_lse.
+// Of each row: its lse, and rowsum(grad_out * out) - grad_lse.
 template <class V>
 class RowSums {
  public:

@@ -1,5 +1,5 @@
-"""Module tests run in the widest dtype of their backend, in float64 where they have none: there the
-default tolerances of torch.testing mean something."""
+"""Module tests run in float64, where the default tolerances of torch.testing mean most, or in the
+widest dtype that their backend has."""
 
 import pytest
 import torch
