@@ -10,36 +10,8 @@
 namespace lam {
 namespace {
 
-// A gate [T, T] and, where wanted, its transpose as panels (gemm.h) in the kernel's number type; `rows` holds W rows.
-template <class V>
-void stage_gate(const View& gate, int64_t T_, typename V::T factor, typename V::T* rows, typename V::T* panels,
-                typename V::T* transposed) {
-  using T = typename V::T;
-  constexpr int64_t W = V::W;
-  const int64_t ld = round_up(T_, W);
-  for (int64_t r0 = 0; r0 < T_; r0 += W) {
-    const int64_t count = min64(W, T_ - r0);
-    for (int64_t r = 0; r < count; ++r) {
-      T* row = rows + r * ld;
-      load_row<V>(row, at(gate, (r0 + r) * gate.stride[2]), gate.dtype, gate.stride[3], T_);
-      for (int64_t c = T_; c < ld; ++c) row[c] = T(0);
-      for (int64_t c = 0; c < ld; c += W) {
-        const typename V::reg word = V::mul(V::set1(factor), V::load(row + c));
-        V::store(row + c, word);
-        V::store(panels + c * T_ + (r0 + r) * W, word);
-      }
-    }
-    if (transposed != nullptr) pack_transposed<V>(Rows<T>{rows, ld}, count, T_, transposed + r0 * T_);
-  }
-}
-
-// The staged gates of a call: W^g and -W^l, and where wanted their transposes.
-template <class T>
-struct Gates {
-  T *whole, *near, *whole_t = nullptr, *near_t = nullptr;
-};
-
-template <class Products>
+// `Gates` multiplies by the gates: FmaGates (gates_fma.h) or AmxGates (gates_amx.h).
+template <class Products, class Gates>
 class MapGate {
  public:
   using V = typename Products::Word;
@@ -83,24 +55,29 @@ class MapGate {
       maps = p.grad_query.data || p.grad_key.data;
       gates = p.grad_gate_global.data || p.grad_gate_local.data;
     }
-    int64_t sum_elements(int64_t T_) const { return T_ * ld; }
+  };
+
+  // What all tasks of a call share.
+  struct Shared {
+    typename Gates::Staged gates;
+    T* sums;
+    int64_t used;
   };
 
   // Stages the gates, runs the tasks, sums and stores the gradients of the gates.
   template <class Body>
   static int run(const MapGatedAttentionParams& p, const Sizes& sizes, bool backward, int64_t tasks,
                  const Body& body) {
-    const int64_t padded = round_up(p.Lk, V::W), gate = panel_elements<V>(p.Lk, p.Lk), sum = sizes.sum_elements(p.Lk);
-    const bool transposed = backward && sizes.maps;
-    const int64_t staged = (transposed ? 4 : 2) * gate, copies = backward && sizes.gates ? 2 * tasks : 0;
-    ScratchBlock shared((V::W * padded + staged + copies * sum) * static_cast<int64_t>(sizeof(T)));
+    const int64_t sum = Gates::sum_elements(p.Lk), copies = backward && sizes.gates ? 2 * tasks : 0;
+    const auto cut = [&](Arena arena) {
+      const typename Gates::Staged gates(p, backward && sizes.maps, arena);
+      return Shared{gates, arena.take<T>(copies * sum), arena.used};
+    };
+    ScratchBlock shared(cut({}).used);
     if (shared.data == nullptr) return 1;
-    T *const rows = static_cast<T*>(shared.data), *const at_gate = rows + V::W * padded;
-    Gates<T> gates{at_gate, at_gate + gate};
-    if (transposed) gates.whole_t = at_gate + 2 * gate, gates.near_t = at_gate + 3 * gate;
-    stage_gate<V>(p.gate_global, p.Lk, T(1), rows, gates.whole, gates.whole_t);
-    stage_gate<V>(p.gate_local, p.Lk, T(-1), rows, gates.near, gates.near_t);
-    T* const sums = copies > 0 ? at_gate + staged : nullptr;
+    const Shared staged = cut({static_cast<char*>(shared.data)});
+    const typename Gates::Staged& gates = staged.gates;
+    T* const sums = copies > 0 ? staged.sums : nullptr;
     Arena count;
     { MapGate counted(p, sizes, gates, backward, count); }
     ScratchBlock block(count.used * p.num_threads);
@@ -112,36 +89,29 @@ class MapGate {
       if (own != nullptr) memset(own, 0, static_cast<size_t>(2 * sum) * sizeof(T));
       body(mine, task, own);
     });
-    if (sums != nullptr) finish_gates(p, sizes, sums, tasks);
+    if (sums != nullptr) finish_gates(p, sums, tasks);
     return 0;
   }
 
-  static void finish_gates(const MapGatedAttentionParams& p, const Sizes& sizes, T* sums, int64_t tasks) {
-    const int64_t gate = sizes.sum_elements(p.Lk);
-    const View* const grads[] = {&p.grad_gate_global, &p.grad_gate_local};
-    run_tasks(p, 2 * p.Lk, [&](int64_t, int64_t row) {
-      const int64_t which = row % 2, i = row / 2;
-      const View& g = *grads[which];
-      if (g.data == nullptr) return;
-      T* sum = sums + which * gate + i * sizes.ld;
-      for (int64_t task = 1; task < tasks; ++task) {
-        const T* more = sum + task * 2 * gate;
-        for (int64_t c = 0; c < sizes.ld; c += V::W) V::store(sum + c, V::add(V::load(sum + c), V::load(more + c)));
-      }
-      store_row<T>(at_mutable(g, i * p.Lk), g.dtype, 1, sum, which == 0 ? T(1) : T(-1), p.Lk);
+  static void finish_gates(const MapGatedAttentionParams& p, T* sums, int64_t tasks) {
+    const int64_t sum = Gates::sum_elements(p.Lk);
+    run_tasks(p, 2 * ceil_div(p.Lk, Gates::kStripRows), [&](int64_t, int64_t task) {
+      const bool whole = task % 2 == 0;
+      const View& grad = whole ? p.grad_gate_global : p.grad_gate_local;
+      T* const first = whole ? sums : sums + sum;
+      if (grad.data != nullptr) Gates::store_sums(grad, whole ? T(1) : T(-1), p.Lk, task / 2, first, tasks, 2 * sum);
     });
   }
 
-  MapGate(const MapGatedAttentionParams& p, const Sizes& sizes, const Gates<T>& gates, bool backward, Arena& arena)
+  MapGate(const MapGatedAttentionParams& p, const Sizes& sizes, const typename Gates::Staged& gates, bool backward, Arena& arena)
       : p_(p),
         without_pattern_(whole(p)),
         s_(sizes),
-        gates_(gates),
         products_(p, sizes.blocking, backward, arena),
+        gates_(p, gates, sizes.blocking.tile_rows, backward, arena),
         whole_visible_(without_pattern_, sizes.blocking.region_rows, sizes.blocking.region_cols, arena),
         pieces_(p, sizes.blocking, arena),
-        ld_(sizes.ld),
-        panel_(p.Lk * V::W) {
+        ld_(sizes.ld) {
     // products write whole blocks of their row multiple
     const int64_t rows = round_up(sizes.blocking.tile_rows, Products::kRowMultiple), plane = rows * ld_;
     whole_ = arena.take<T>(plane);
@@ -206,11 +176,10 @@ class MapGate {
       tile.visible_ld = whole_visible_.ld();
     }
     probabilities(tile);
-    gemm<V, false, false, true>(rows, p_.Lk, p_.Lk, whole_, ld_, gates_.whole, panel_, gate_, ld_);
+    gates_.whole_logit(r0, rows, whole_, gate_, ld_);
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& k = kept_[n];
-      gemm<V, false, true, true>(k.tile.rows, p_.Lk, k.tile.cols, k.tile.scores, k.tile.ld, gates_.near + k.lo * V::W,
-                                 panel_, gate_ + k.s * ld_, ld_);
+      gates_.add_near_logit(r0 + k.s, k.tile.rows, k.lo, k.tile.cols, k.tile.scores, k.tile.ld, gate_ + k.s * ld_, ld_);
     }
     const typename V::reg one = V::set1(T(1)), minus_log2e = V::set1(-kLog2e<T>);
     for (int64_t r = 0; r < rows; ++r)
@@ -290,21 +259,25 @@ class MapGate {
   }
 
   void differentiate(int64_t first_head, int64_t last_head, T* gate_sums) {
+    T* const whole_sum = p_.grad_gate_global.data != nullptr ? gate_sums : nullptr;
+    T* const near_sum = p_.grad_gate_local.data != nullptr ? gate_sums + Gates::sum_elements(p_.Lk) : nullptr;
     const Wanted wanted{p_.grad_query.data != nullptr, p_.grad_key.data != nullptr, p_.grad_value.data != nullptr};
     for (int64_t head = first_head; head < last_head; ++head) {
       enter_head(head, true);
       products_.enter_grad_out(b_, h_);
       products_.open_pair(true);
       products_.open_head();
+      gates_.open_head();
       const Rows<T> dq = grad_rows(p_.grad_query, query_sum_, p_.D), dk = grad_rows(p_.grad_key, key_sum_, p_.D),
                     dv = grad_rows(p_.grad_value, value_sum_, p_.Dv);
       for (int64_t r0 = 0; r0 < p_.Lq; r0 += s_.blocking.tile_rows) {
         const int64_t rows = min64(s_.blocking.tile_rows, p_.Lq - r0);
         mix(r0, rows);
-        if (s_.maps || s_.gates) slope(r0, rows, gate_sums);
+        if (s_.maps || s_.gates) slope(r0, rows, whole_sum, near_sum);
         products_.take_slopes(0, rows, rows, p_.Lk, mixed_, grad_, ld_, wanted);
         products_.accumulate(r0, rows, 0, p_.Lk, wanted, dq, dk, dv, true, r0 == 0);
       }
+      gates_.close_head(whole_sum, near_sum);
       products_.close_pair(dk, dv, true);
       products_.close_head(dq, true);
       store_rows(p_.grad_query, dq, p_.Lq, p_.D);
@@ -314,7 +287,7 @@ class MapGate {
   }
 
   // grad_ = dS * scale of the rows that mix() has prepared, and the gates' gradients.
-  void slope(int64_t r0, int64_t rows, T* gate_sums) {
+  void slope(int64_t r0, int64_t rows, T* whole_sum, T* near_sum) {
     const int64_t words = ceil_div(p_.Lk, V::W);
     const typename V::reg one = V::set1(T(1));
     products_.weight_grads(r0, rows, 0, words, grad_, ld_);
@@ -338,12 +311,11 @@ class MapGate {
       V::store(grad_logit_ + to, V::mul(steep, V::sub(V::load(whole_ + to), V::load(near))));
       V::store(near_grad_ + (k.s + r) * ld_ + c, V::mul(x, rest));
     });
-    if (p_.grad_gate_global.data != nullptr)
-      gemm<V, true, true>(p_.Lk, words * V::W, rows, whole_, ld_, grad_logit_, ld_, gate_sums, ld_);
-    for (int64_t n = 0; p_.grad_gate_local.data != nullptr && n < n_kept_; ++n) {
+    gates_.take_logit_grads(r0, rows, grad_logit_, ld_);
+    if (whole_sum != nullptr) gates_.sum_whole(rows, whole_, ld_, whole_sum);
+    for (int64_t n = 0; near_sum != nullptr && n < n_kept_; ++n) {
       const Piece& k = kept_[n];
-      gemm<V, true, true>(k.tile.cols, words * V::W, k.tile.rows, k.tile.scores, k.tile.ld, grad_logit_ + k.s * ld_, ld_,
-                          gate_sums + s_.sum_elements(p_.Lk) + k.lo * ld_, ld_);
+      gates_.sum_near(k.s, k.tile.rows, k.lo, k.tile.cols, k.tile.scores, k.tile.ld, near_sum);
     }
     if (!s_.maps) return;
     for (int64_t r = 0; r < rows; ++r)
@@ -351,14 +323,13 @@ class MapGate {
         T* grad = grad_ + r * ld_ + c;
         V::store(grad, V::mul(V::load(grad), V::load(gate_ + r * ld_ + c)));
       }
-    gemm<V, false, true, true>(rows, p_.Lk, p_.Lk, grad_logit_, ld_, gates_.whole_t, panel_, grad_, ld_);
+    gates_.add_whole_grad(rows, grad_, ld_);
     for (int64_t r = 0; r < rows; ++r) softmax_slope(whole_ + r * ld_, grad_ + r * ld_, words);
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& k = kept_[n];
       const int64_t near_words = ceil_div(k.tile.cols, V::W);
       T* near_grad = near_grad_ + k.s * ld_;
-      gemm<V, false, true, true>(k.tile.rows, k.tile.cols, p_.Lk, grad_logit_ + k.s * ld_, ld_,
-                                 gates_.near_t + k.lo * p_.Lk, panel_, near_grad, ld_);
+      gates_.add_near_grad(k.s, k.tile.rows, k.lo, k.tile.cols, near_grad, ld_);
       for (int64_t r = 0; r < k.tile.rows; ++r) {
         softmax_slope(k.tile.scores + r * k.tile.ld, near_grad + r * ld_, near_words);
         T* to = grad_ + (k.s + r) * ld_ + k.lo;
@@ -383,11 +354,11 @@ class MapGate {
   const MapGatedAttentionParams& p_;
   MaskedAttentionParams without_pattern_;
   const Sizes& s_;
-  const Gates<T>& gates_;
   Products products_;
+  Gates gates_;
   Visibility whole_visible_;
   LocalPieces<Products> pieces_;
-  int64_t ld_, panel_, b_ = 0, h_ = 0, n_kept_ = 0;  // rows of a plane, panels of a gate: elements apart
+  int64_t ld_, b_ = 0, h_ = 0, n_kept_ = 0;  // rows of a plane: ld_ elements apart
   Region region_{};
   T *whole_, *gate_, *mixed_, *sums_, *out_ = nullptr, *grad_ = nullptr, *grad_logit_ = nullptr, *near_grad_ = nullptr;
   T *query_sum_ = nullptr, *key_sum_ = nullptr, *value_sum_ = nullptr;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "amx_tile.h"
+#include "amx_packs.h"
 #include "arena.h"
 #include "products_fma.h"
 #include "vec_avx512.h"
@@ -60,8 +60,8 @@ class AmxProducts {
 
   void enter_keys(const Region& region, int64_t b, int64_t hk, bool) {
     region_ = region;
-    const Source key = source(p_.key, region.j0, region.cols, b, hk, p_.D);
-    const Source value = source(p_.value, region.j0, region.cols, b, hk, p_.Dv);
+    const Bf16Rows key = source(p_.key, region.j0, region.cols, b, hk, p_.D);
+    const Bf16Rows value = source(p_.value, region.j0, region.cols, b, hk, p_.Dv);
     pack_along_width(key, depth_, key_pairs_);
     if (value_pairs_ != nullptr) pack_along_width(value, width_, value_pairs_);
     if (value_rows_ != nullptr) pack_along_rows(value, cols_, value_rows_);
@@ -69,9 +69,9 @@ class AmxProducts {
   }
   void enter_queries(const Region& region, int64_t b, int64_t h) {
     region_ = region;
-    const Source query = source(p_.query, region.i0, region.rows, b, h, p_.D);
+    const Bf16Rows query = source(p_.query, region.i0, region.rows, b, h, p_.D);
     copy_rows(query, depth_, query_);
-    if (query_t_ != nullptr) pack_transposed_rows(query, query_t_);
+    if (query_t_ != nullptr) pack_transposed_rows(query, rows_, query_t_);
   }
   void enter_grad_out(int64_t b, int64_t h) { enter_grad_out(grad_out_, p_.grad_out, b, h); }
 
@@ -84,9 +84,9 @@ class AmxProducts {
     return {rows, arena.take<uint16_t>(rows_ * width_)};
   }
   void enter_grad_out(GradOut& other, const View& view, int64_t b, int64_t h) const {
-    const Source grad_out = source(view, region_.i0, region_.rows, b, h, p_.Dv);
+    const Bf16Rows grad_out = source(view, region_.i0, region_.rows, b, h, p_.Dv);
     copy_rows(grad_out, width_, other.rows);
-    pack_transposed_rows(grad_out, other.transposed);
+    pack_transposed_rows(grad_out, rows_, other.transposed);
   }
   void swap_grad_out(GradOut& other) {
     const GradOut mine = grad_out_;
@@ -105,7 +105,7 @@ class AmxProducts {
 
   // Rows [s, s + rows) of a tile's weights, whose products come once the tile has them all.
   void take_weights(int64_t s, int64_t rows, int64_t cols, const float* P, int64_t ld) {
-    narrow<false, true>(P, ld, rows, rows, cols, nullptr, weights_ + s * round_up(cols, 32));
+    narrow_rows<false, true>(P, ld, rows, rows, cols, nullptr, weights_ + s * round_up(cols, 32));
   }
   // Rows of `out` up to a multiple of 16 are written.
   void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, float* out, int64_t ld) {
@@ -142,10 +142,10 @@ class AmxProducts {
                    Wanted wanted) {
     const int64_t padded_rows = round_up(tile_rows, 32), padded_cols = round_up(cols, 32);
     uint16_t* rows_to = weights_ + s * padded_cols;
-    if (wanted.value) narrow<true, false>(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16, nullptr);
-    if (wanted.key && wanted.query) narrow<true, true>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, rows_to);
-    else if (wanted.key) narrow<true, false>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, nullptr);
-    else if (wanted.query) narrow<false, true>(dS, ld, rows, padded_rows, cols, nullptr, rows_to);
+    if (wanted.value) narrow_rows<true, false>(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16, nullptr);
+    if (wanted.key && wanted.query) narrow_rows<true, true>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, rows_to);
+    else if (wanted.key) narrow_rows<true, false>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, nullptr);
+    else if (wanted.query) narrow_rows<false, true>(dS, ld, rows, padded_rows, cols, nullptr, rows_to);
   }
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Wanted wanted, Rows<float>, Rows<float>,
                   Rows<float>, bool, bool) {
@@ -190,93 +190,9 @@ class AmxProducts {
     }
   };
 
-  // Rows of bf16 in the caller's memory.
-  struct Source {
-    const uint16_t* data;
-    int64_t ld, rows, width;
-    const uint16_t* row(int64_t r) const { return data + r * ld; }
-  };
-  Source source(const View& v, int64_t first, int64_t rows, int64_t b, int64_t h, int64_t width) const {
+  Bf16Rows source(const View& v, int64_t first, int64_t rows, int64_t b, int64_t h, int64_t width) const {
     return {reinterpret_cast<const uint16_t*>(at(v, head_offset(v, b, h) + first * v.stride[2])),
             v.stride[2] * region_.step, rows, width};
-  }
-
-  static __m512 word(const float* row, int64_t c, int64_t cols) {
-    return c + 16 <= cols ? _mm512_loadu_ps(row + c)
-                          : _mm512_maskz_loadu_ps(static_cast<__mmask16>(low_bits(max64(0, cols - c))), row + c);
-  }
-  // 32 or 16 elements from d on of row r, zeros beyond the width and the last row
-  static __m512i row_word(const Source& x, int64_t r, int64_t d) {
-    if (r >= x.rows) return _mm512_setzero_si512();
-    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(low_bits(min64(32, x.width - d))), x.row(r) + d);
-  }
-  static __m512i row_half(const Source& x, int64_t r, int64_t d) {
-    if (r >= x.rows) return _mm512_setzero_si512();
-    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(low_bits(min64(16, x.width - d))), x.row(r) + d));
-  }
-  // 16 elements from d on of rows r and r + 1, in pairs
-  static __m512i row_pair(const Source& x, int64_t r, int64_t d) {
-    return _mm512_or_si512(row_half(x, r, d), _mm512_slli_epi32(row_half(x, r + 1, d), 16));
-  }
-
-  void copy_rows(const Source& x, int64_t padded, uint16_t* to) const {
-    for (int64_t r = 0; r < round_up(x.rows, 32); ++r)
-      for (int64_t d = 0; d < padded; d += 32) _mm512_storeu_si512(to + r * padded + d, row_word(x, r, d));
-  }
-
-  // [row block of 16][width block of 32][16 pairs along the width][16 rows]
-  void pack_along_width(const Source& x, int64_t padded, uint16_t* to) const {
-    alignas(64) float block[16 * 16];
-    for (int64_t r = 0; r < round_up(x.rows, 16); r += 16)
-      for (int64_t d = 0; d < padded; d += 32) {
-        for (int64_t k = 0; k < 16; ++k) _mm512_store_si512(block + k * 16, row_word(x, r + k, d));
-        transpose_word_block(block, 16, reinterpret_cast<float*>(to + r * padded + d * 16), 16);
-      }
-  }
-
-  // [width block of 16][pairs of rows, of `capacity` rows][16]; rows are read up to a block of 32 past the last
-  static void pack_along_rows(const Source& x, int64_t capacity, uint16_t* to) {
-    const int64_t rows = min64(capacity, round_up(x.rows, 32) + 32);
-    for (int64_t d = 0; d < x.width; d += 16)
-      for (int64_t r = 0; r < rows; r += 2) _mm512_storeu_si512(to + d * capacity + r * 16, row_pair(x, r, d));
-  }
-
-  // [width][rows_], rows beyond the region zero
-  void pack_transposed_rows(const Source& x, uint16_t* to) const {
-    alignas(64) float block[16 * 16];
-    for (int64_t d = 0; d < x.width; d += 16)
-      for (int64_t r = 0; r < x.rows; r += 32) {
-        for (int64_t k = 0; k < 16; ++k) _mm512_store_si512(block + k * 16, row_pair(x, r + 2 * k, d));
-        transpose_word_block(block, 16, reinterpret_cast<float*>(to + d * rows_ + r), rows_ / 2);
-      }
-  }
-
-  // fp32 rows -> bf16: in pairs of rows, [column block of 16][pairs of padded_rows][16], rows up to a block of 32 zero;
-  // in rows, columns up to a block of 32 zero. A product may read rows of garbage up to a multiple of 16, and makes rows
-  // of them that nobody reads.
-  template <bool kPairs, bool kRows>
-  static void narrow(const float* x, int64_t ld, int64_t rows, int64_t padded_rows, int64_t cols, uint16_t* pairs,
-                     uint16_t* in_rows) {
-    const int64_t padded_cols = round_up(cols, 32);
-    const auto put = [&](int64_t r, int64_t c, __m512 even, __m512 odd, __m512 next_even, __m512 next_odd) {
-      const __m512i first = bf16_words(even, odd), second = bf16_words(next_even, next_odd);
-      if constexpr (kPairs) {
-        _mm512_storeu_si512(pairs + c * padded_rows + r * 16, in_pairs(first));
-        _mm512_storeu_si512(pairs + (c + 16) * padded_rows + r * 16, in_pairs(second));
-      }
-      if constexpr (kRows) {
-        _mm512_storeu_si512(in_rows + r * padded_cols + c, _mm512_shuffle_i64x2(first, second, 0x44));
-        _mm512_storeu_si512(in_rows + (r + 1) * padded_cols + c, _mm512_shuffle_i64x2(first, second, 0xee));
-      }
-    };
-    for (int64_t r = 0; r < round_up(rows, kPairs ? 32 : 2); r += 2) {
-      const float *even = x + r * ld, *odd = even + ld;
-      int64_t c = 0;
-      for (; r + 2 <= rows && c + 32 <= cols; c += 32)
-        put(r, c, _mm512_loadu_ps(even + c), _mm512_loadu_ps(odd + c), _mm512_loadu_ps(even + c + 16), _mm512_loadu_ps(odd + c + 16));
-      const auto at = [&](int64_t row, int64_t col) { return row < rows ? word(x + row * ld, col, cols) : _mm512_setzero_ps(); };
-      for (; c < padded_cols; c += 32) put(r, c, at(r, c), at(r + 1, c), at(r, c + 16), at(r + 1, c + 16));
-    }
   }
 
   static TileSums in_rows(float* C, int64_t ld) { return {C, ld, 16 * ld, 16}; }
