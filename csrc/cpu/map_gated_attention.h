@@ -127,7 +127,7 @@ class MapGate {
     grad_ = arena.take<T>(plane);
     grad_logit_ = arena.take<T>(plane);
     near_grad_ = arena.take<T>(plane);
-    const bool staged = !in_place<V>(p.query.dtype);
+    const bool staged = !Products::kOwnSums && !in_place<V>(p.query.dtype);
     query_sum_ = arena.take<T>(staged && p.grad_query.data ? p.Lq * s_.depth : 0);
     key_sum_ = arena.take<T>(staged && p.grad_key.data ? p.Lk * s_.depth : 0);
     value_sum_ = arena.take<T>(staged && p.grad_value.data ? p.Lk * s_.width : 0);
@@ -246,7 +246,7 @@ class MapGate {
     }
   }
 
-  // Where the rows of a head's gradient are summed: all stored by the first block that meets them.
+  // Where the rows of a head's gradient are summed, if the products do not: all stored by the first block that meets them.
   Rows<T> grad_rows(const View& g, T* sum, int64_t width) const {
     if (g.data == nullptr) return {};
     if (!in_place<V>(p_.query.dtype)) return {sum, round_up(width, V::W)};
@@ -278,11 +278,14 @@ class MapGate {
         products_.accumulate(r0, rows, 0, p_.Lk, wanted, dq, dk, dv, true, r0 == 0);
       }
       gates_.close_head(whole_sum, near_sum);
-      products_.close_pair(dk, dv, true);
-      products_.close_head(dq, true);
-      store_rows(p_.grad_query, dq, p_.Lq, p_.D);
-      store_rows(p_.grad_key, dk, p_.Lk, p_.D);
-      store_rows(p_.grad_value, dv, p_.Lk, p_.Dv);
+      if constexpr (Products::kOwnSums) {
+        products_.write_pair(b_, h_);
+        products_.write_head(b_, h_);
+      } else {
+        store_rows(p_.grad_query, dq, p_.Lq, p_.D);
+        store_rows(p_.grad_key, dk, p_.Lk, p_.D);
+        store_rows(p_.grad_value, dv, p_.Lk, p_.Dv);
+      }
     }
   }
 
