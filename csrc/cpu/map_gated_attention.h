@@ -278,10 +278,9 @@ class MapGate {
         products_.accumulate(r0, rows, 0, p_.Lk, wanted, dq, dk, dv, true, r0 == 0);
       }
       gates_.close_head(whole_sum, near_sum);
-      if constexpr (Products::kOwnSums) {
-        products_.write_pair(b_, h_);
-        products_.write_head(b_, h_);
-      } else {
+      products_.close_pair(b_, h_, dk, dv, {0, p_.Lk});
+      products_.close_head(b_, h_, dq, {0, p_.Lq});
+      if constexpr (!Products::kOwnSums) {
         store_rows(p_.grad_query, dq, p_.Lq, p_.D);
         store_rows(p_.grad_key, dk, p_.Lk, p_.D);
         store_rows(p_.grad_value, dv, p_.Lk, p_.Dv);

@@ -230,8 +230,8 @@ class Forward {
       Forward forward(p, s, unit_heads, one_region, arena);
       forward.first_head_ = task / parts * unit_heads;
       walk_regions(p, s.region_rows, s.region_cols, Products::kColMultiple, {task % parts, parts, align}, {},
-                   [&](const Region& region, const Pass& pass, bool first, bool last) {
-                     forward.visit(region, pass, first, last);
+                   [&](const Region& region, const Pass& pass, const Place& place) {
+                     forward.visit(region, pass, place.first, place.last);
                    });
     });
     return 0;

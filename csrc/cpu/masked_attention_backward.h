@@ -86,7 +86,7 @@ class Backward {
           turns.wait_for(before - group + (group + 1) % plan.groups);
         }
         const Pairs u{unit * plan.pairs_per_unit, (unit + 1) * plan.pairs_per_unit, plan.head_major};
-        backward.work(u, {group, plan.groups}, {(group + turn) % plan.groups, plan.groups}, group);
+        backward.work(u, {group, plan.groups}, {(group + turn) % plan.groups, plan.groups}, group, turn, plan.groups);
         turns.finish(task);
       });
       each_pair([&](Pairs u) { shared.finish_heads(u, heads_per_pair); });
@@ -98,7 +98,7 @@ class Backward {
         const Part part{task, tasks};
         const Pairs u{part.begin(pairs), part.end(pairs), plan.head_major};
         if (!shared.one_region) shared.clear_heads(u, heads_per_pair);
-        backward.work(u, {}, {}, task % plan.replicas);
+        backward.work(u, {}, {}, task % plan.replicas, 0, 1);
         if (!shared.one_region) shared.finish_heads(u, heads_per_pair);
       });
     }
@@ -114,8 +114,7 @@ class Backward {
     bool one_region;
     bool want_scores;  // some gradient needs dS
     bool stored;       // one region, all of it visible: the first tile of a gradient's rows stores rather than adds
-    // One region has a part in a row's gradients, and where the products keep sums of it those are the gradient.
-    bool queries_once = false, keys_once = false;
+    WalkOrder order;   // where the products keep sums of a region
     GradTarget<T> multiplier, bias;
     // Sums of the heads' gradients over several regions, where the caller's tensors cannot take them.
     T *query_sum = nullptr, *key_sum = nullptr, *value_sum = nullptr;
@@ -128,23 +127,11 @@ class Backward {
       for (int64_t h = 0; h < p.n_patterns; ++h) stepped = stepped || key_step(p.patterns[h]) > 1;
       one_region = plan.groups == 1 && !stepped && size.region_rows >= p.Lq && size.region_cols >= p.Lk;
       stored = one_region && !Visibility::needed(p);
-      if (Products::kOwnSums && plan.groups == 1) find_once();
+      if (Products::kOwnSums && plan.groups == 1) order = {p, size.region_rows, size.region_cols, Products::kColMultiple};
+      if (Products::kOwnSums && plan.groups > 1) order.queries = order.keys = !patterned;  // each turn meets all of its rows
       multiplier = target(p.grad_multiplier, p.multiplier_factors, p.grad_multiplier_factors, stepped);
       bias = target(p.grad_bias, p.bias_factors, p.grad_bias_factors, stepped);
       want_scores = p.grad_query.data || p.grad_key.data || multiplier.wanted() || bias.wanted();
-    }
-
-    void find_once() {
-      queries_once = true;
-      keys_once = p.n_patterns <= 1;
-      int64_t next = 0;
-      walk_regions(p, size.region_rows, size.region_cols, Products::kColMultiple, {}, {},
-                   [&](const Region& region, const Pass&, bool first, bool last) {
-                     queries_once = queries_once && first && last;
-                     keys_once = keys_once && region.step == 1 && region.cols > 0 && region.j0 == next;
-                     next = region.j0 + region.cols;
-                   });
-      keys_once = keys_once && next == p.Lk;
     }
 
     GradTarget<T> target(const View& g, const Factors& factors, const Factors& grads, bool stepped) const {
@@ -188,9 +175,9 @@ class Backward {
     int64_t head_sums(const View& g, bool once, int64_t heads, int64_t rows, int64_t w) const {
       return one_region ? 0 : heads * staged_rows(g, once, rows, w) * static_cast<int64_t>(sizeof(T));
     }
-    int64_t query_bytes() const { return head_sums(p.grad_query, queries_once, p.B * p.H, p.Lq, p.D); }
-    int64_t key_bytes() const { return head_sums(p.grad_key, keys_once, p.B * p.Hkv, p.Lk, p.D); }
-    int64_t value_bytes() const { return head_sums(p.grad_value, keys_once, p.B * p.Hkv, p.Lk, p.Dv); }
+    int64_t query_bytes() const { return head_sums(p.grad_query, order.queries_once, p.B * p.H, p.Lq, p.D); }
+    int64_t key_bytes() const { return head_sums(p.grad_key, order.keys_once, p.B * p.Hkv, p.Lk, p.D); }
+    int64_t value_bytes() const { return head_sums(p.grad_value, order.keys_once, p.B * p.Hkv, p.Lk, p.Dv); }
     int64_t sums_bytes() const {
       return mask_sums(multiplier) + mask_sums(bias) + multiplier.factors.bytes() + bias.factors.bytes() +
              query_bytes() + key_bytes() + value_bytes();
@@ -249,13 +236,13 @@ class Backward {
       return {sum + slot * rows * round_up(w, V::W), round_up(w, V::W)};
     }
     Rows<T> query_rows(T* sum, int64_t slot, int64_t b, int64_t h) const {
-      return rows_of(p.grad_query, queries_once, sum, slot, b, h, p.Lq, p.D);
+      return rows_of(p.grad_query, order.queries_once, sum, slot, b, h, p.Lq, p.D);
     }
     Rows<T> key_rows(T* sum, int64_t slot, int64_t b, int64_t hk) const {
-      return rows_of(p.grad_key, keys_once, sum, slot, b, hk, p.Lk, p.D);
+      return rows_of(p.grad_key, order.keys_once, sum, slot, b, hk, p.Lk, p.D);
     }
     Rows<T> value_rows(T* sum, int64_t slot, int64_t b, int64_t hk) const {
-      return rows_of(p.grad_value, keys_once, sum, slot, b, hk, p.Lk, p.Dv);
+      return rows_of(p.grad_value, order.keys_once, sum, slot, b, hk, p.Lk, p.Dv);
     }
     static void clear_rows(Rows<T> x, int64_t rows, int64_t w) {  // an only row has a stride of 0
       if (x.data != nullptr && rows > 0) memset(x.data, 0, static_cast<size_t>((rows - 1) * x.ld + w) * sizeof(T));
@@ -265,9 +252,9 @@ class Backward {
       for (int64_t r = 0; r < rows; ++r)
         store_words<V>(at_mutable(g, head_offset(g, b, h) + r * g.stride[2]), g.dtype, x.data + r * x.ld, w);
     }
-    static void zero_rows(const View& g, const Region& region, int64_t b, int64_t h, int64_t w) {
-      for (int64_t r = 0; g.data != nullptr && r < region.rows; ++r)
-        memset(at_mutable(g, head_offset(g, b, h) + region.i(r) * g.stride[2]), 0, static_cast<size_t>(w * size_of(g.dtype)));
+    static void zero_rows(const View& g, int64_t b, int64_t h, int64_t first, int64_t count, int64_t step, int64_t w) {
+      for (int64_t r = 0; g.data != nullptr && r < count; ++r)
+        memset(at_mutable(g, head_offset(g, b, h) + (first + r * step) * g.stride[2]), 0, static_cast<size_t>(w * size_of(g.dtype)));
     }
     template <class Body>
     void each_head(Pairs u, int64_t heads, const Body& body) const {
@@ -276,8 +263,8 @@ class Backward {
     }
     void clear_heads(Pairs u, int64_t heads) const {
       each_head(u, heads, [&](int64_t pair, int64_t b, int64_t hk, int64_t n) {
-        clear_rows(query_rows(query_sum, pair * heads + n, b, hk * heads + n), p.Lq, p.D);
-        if (n > 0) return;
+        if (!order.queries) clear_rows(query_rows(query_sum, pair * heads + n, b, hk * heads + n), p.Lq, p.D);
+        if (n > 0 || order.keys) return;
         clear_rows(key_rows(key_sum, pair, b, hk), p.Lk, p.D);
         clear_rows(value_rows(value_sum, pair, b, hk), p.Lk, p.Dv);
       });
@@ -285,8 +272,8 @@ class Backward {
     void finish_heads(Pairs u, int64_t heads) const {
       each_head(u, heads, [&](int64_t pair, int64_t b, int64_t hk, int64_t n) {
         const int64_t h = hk * heads + n;
-        finish_rows(p.grad_query, query_rows(query_sum, pair * heads + n, b, h), b, h, p.Lq, p.D);
-        if (n > 0) return;
+        if (!order.queries) finish_rows(p.grad_query, query_rows(query_sum, pair * heads + n, b, h), b, h, p.Lq, p.D);
+        if (n > 0 || order.keys) return;
         finish_rows(p.grad_key, key_rows(key_sum, pair, b, hk), b, hk, p.Lk, p.D);
         finish_rows(p.grad_value, value_rows(value_sum, pair, b, hk), b, hk, p.Lk, p.Dv);
       });
@@ -306,16 +293,22 @@ class Backward {
     scores_ = arena.take<T>(strip);
     grad_ = arena.take<T>(strip);
     if (s_.one_region) {
-      query_sum_ = arena.take<T>(s_.staged_rows(p.grad_query, s_.queries_once, p.Lq, p.D));
-      key_sum_ = arena.take<T>(s_.staged_rows(p.grad_key, s_.keys_once, p.Lk, p.D));
-      value_sum_ = arena.take<T>(s_.staged_rows(p.grad_value, s_.keys_once, p.Lk, p.Dv));
+      query_sum_ = arena.take<T>(s_.staged_rows(p.grad_query, s_.order.queries_once, p.Lq, p.D));
+      key_sum_ = arena.take<T>(s_.staged_rows(p.grad_key, s_.order.keys_once, p.Lk, p.D));
+      value_sum_ = arena.take<T>(s_.staged_rows(p.grad_value, s_.order.keys_once, p.Lk, p.Dv));
     }
   }
 
-  void work(Pairs unit, Part rows, Part cols, int64_t replica) {
+  void work(Pairs unit, Part rows, Part cols, int64_t replica, int64_t turn, int64_t turns) {
+    const bool opens = turn == 0, closes = turn + 1 == turns;
     walk_regions(p_, s_.size.region_rows, s_.size.region_cols, Products::kColMultiple, rows, cols,
-                 [&](const Region& region, const Pass& pass, bool, bool) {
-                   if (region.cols > 0 || s_.one_region || s_.queries_once) visit(region, pass, unit, replica);
+                 [&](const Region& region, const Pass& pass, const Place& place) {
+                   if (region.cols == 0 && !s_.one_region && !s_.order.queries) return;
+                   queries_ = {opens && place.first ? 0 : region.rows, closes && place.last ? region.rows : 0};
+                   keys_ = {opens ? place.keys.met : region.cols, closes ? place.keys.complete : 0};
+                   if (!s_.order.queries) queries_ = {s_.stored ? 0 : region.rows, 0};
+                   if (!s_.order.keys) keys_ = {s_.stored ? 0 : region.cols, 0};
+                   visit(region, pass, unit, replica);
                  });
   }
 
@@ -349,10 +342,15 @@ class Backward {
           dq = s_.query_rows(s_.query_sum, pair * heads + n, b, h);
         }
         const bool met = region.cols > 0 && differentiate(region, b, h, hk, dq, dk, dv);
-        if (s_.queries_once && !met) s_.zero_rows(p_.grad_query, region, b, h, p_.D);
+        if (s_.order.queries && !met) s_.zero_rows(p_.grad_query, b, h, region.i0, region.rows, region.step, p_.D);
         if (s_.one_region) s_.finish_rows(p_.grad_query, dq, b, h, p_.Lq, p_.D);
       }
-      if (entered_) close_pair(b, hk, dk, dv);
+      if (entered_) {
+        products_.close_pair(b, hk, dk, dv, keys_);
+      } else if (s_.order.keys) {
+        s_.zero_rows(p_.grad_key, b, hk, region.j0, region.cols, region.step, p_.D);
+        s_.zero_rows(p_.grad_value, b, hk, region.j0, region.cols, region.step, p_.Dv);
+      }
       if (s_.one_region) {
         s_.finish_rows(p_.grad_key, dk, b, hk, p_.Lk, p_.D);
         s_.finish_rows(p_.grad_value, dv, b, hk, p_.Lk, p_.Dv);
@@ -360,17 +358,6 @@ class Backward {
     }
     grad_multiplier_.leave();
     grad_bias_.leave();
-  }
-
-  void close_pair(int64_t b, int64_t hk, Rows<T> dk, Rows<T> dv) {
-    if constexpr (Products::kOwnSums)
-      if (s_.keys_once) return products_.write_pair(b, hk);
-    products_.close_pair(dk, dv, s_.stored);
-  }
-  void close_head(int64_t b, int64_t h, Rows<T> dq) {
-    if constexpr (Products::kOwnSums)
-      if (s_.queries_once) return products_.write_head(b, h);
-    products_.close_head(dq, s_.stored);
   }
 
   // False where the head sees none of the region.
@@ -434,7 +421,7 @@ class Backward {
         second_.accumulate(wanted.value, dv);
       }
     }
-    close_head(b, h, dq);
+    products_.close_head(b, h, dq, queries_);
     return true;
   }
 
@@ -448,6 +435,7 @@ class Backward {
   SecondMap<Products> second_;
   MaskGradWriter<V> grad_multiplier_, grad_bias_;
   bool entered_ = false;
+  Share queries_{}, keys_{};  // the region's, in the gradients
   T *scores_, *grad_;
   T *query_sum_ = nullptr, *key_sum_ = nullptr, *value_sum_ = nullptr;
 };

@@ -117,24 +117,17 @@ class AmxProducts {
   // Gradients are summed in blocks, those of keys transposed.
   void open_pair(bool) { dk_t_.opened = dv_t_.opened = 0; }
   void open_head() { dq_.opened = 0; }
-  void close_pair(Rows<float> dk, Rows<float> dv, bool store) {
-    if (dk.data != nullptr) add_transposed(dk_t_, p_.D, dk, store);
-    if (dv.data != nullptr) add_transposed(dv_t_, p_.Dv, dv, store);
+  // Rows that are complete go to the caller's tensor, others to sums.
+  void close_pair(int64_t b, int64_t hk, Rows<float> dk, Rows<float> dv, Share share) {
+    if (p_.grad_key.data != nullptr) settle_transposed(dk_t_, p_.D, dk, p_.grad_key, b, hk, share);
+    if (p_.grad_value.data != nullptr) settle_transposed(dv_t_, p_.Dv, dv, p_.grad_value, b, hk, share);
   }
-  void close_head(Rows<float> dq, bool store) {
-    if (dq.data == nullptr) return;
-    each_query_word([&](int64_t r, int64_t d, __m512 x) { add_word(x, p_.D - d, dq.row(region_.i(r)) + d, store); });
-  }
-  // Where no other region has a part in them, gradients need no sums elsewhere.
-  void write_pair(int64_t b, int64_t hk) {
-    if (p_.grad_key.data != nullptr) write_transposed(dk_t_, p_.D, p_.grad_key, b, hk);
-    if (p_.grad_value.data != nullptr) write_transposed(dv_t_, p_.Dv, p_.grad_value, b, hk);
-  }
-  void write_head(int64_t b, int64_t h) {
+  void close_head(int64_t b, int64_t h, Rows<float> dq, Share share) {
     if (p_.grad_query.data == nullptr) return;
-    each_query_word([&](int64_t r, int64_t d, __m512 x) {
-      write_word(x, p_.D - d, bf16_at(p_.grad_query, b, h, region_.i(r)) + d);
-    });
+    dq_.clear_until(ceil_div(region_.rows, 16));
+    for (int64_t r = 0; r < region_.rows; ++r)
+      for (int64_t d = 0; d < p_.D; d += 16)
+        settle(_mm512_loadu_ps(dq_.of(r / 16) + d * 16 + r % 16 * 16), r, d, p_.D, dq, p_.grad_query, b, h, region_.i(r), share);
   }
 
   // Rows [s, s + rows) of a tile of tile_rows: weights and gradients of the scores, for the gradients that are wanted.
@@ -197,49 +190,25 @@ class AmxProducts {
 
   static TileSums in_rows(float* C, int64_t ld) { return {C, ld, 16 * ld, 16}; }
 
-  // to[0, min(16, left)) (+)= x
-  static void add_word(__m512 x, int64_t left, float* to, bool store) {
-    if (left >= 16) return _mm512_storeu_ps(to, store ? x : _mm512_add_ps(_mm512_loadu_ps(to), x));
-    const __mmask16 inside = static_cast<__mmask16>(low_bits(left));
-    _mm512_mask_storeu_ps(to, inside, store ? x : _mm512_add_ps(_mm512_maskz_loadu_ps(inside, to), x));
+  // Elements [d, d + 16) of row `row`, which is row r of the region.
+  static void settle(__m512 x, int64_t r, int64_t d, int64_t width, Rows<float> sums, const View& grad, int64_t b, int64_t h,
+                     int64_t row, Share share) {
+    const __mmask16 inside = static_cast<__mmask16>(low_bits(width - d));
+    if (r < share.met) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(inside, sums.row(row) + d));
+    if (r >= share.complete) return _mm512_mask_storeu_ps(sums.row(row) + d, inside, x);
+    uint16_t* to = reinterpret_cast<uint16_t*>(at_mutable(grad, head_offset(grad, b, h) + row * grad.stride[2])) + d;
+    _mm256_mask_storeu_epi16(to, inside, _mm512_castsi512_si256(bf16_words(x, x)));
   }
-
-  static void write_word(__m512 x, int64_t left, uint16_t* to) {
-    const __m256i narrow = _mm512_castsi512_si256(bf16_words(x, x));
-    if (left >= 16) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow);
-    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(low_bits(left)), narrow);
-  }
-  static uint16_t* bf16_at(const View& v, int64_t b, int64_t h, int64_t row) {
-    return reinterpret_cast<uint16_t*>(at_mutable(v, head_offset(v, b, h) + row * v.stride[2]));
-  }
-
-  // Calls body(row, column, word) for the words of the region's query gradients or key gradients.
-  template <class Body>
-  void each_query_word(const Body& body) {
-    dq_.clear_until(ceil_div(region_.rows, 16));
-    for (int64_t r = 0; r < region_.rows; ++r)
-      for (int64_t d = 0; d < p_.D; d += 16) body(r, d, _mm512_loadu_ps(dq_.of(r / 16) + d * 16 + r % 16 * 16));
-  }
-  template <class Body>
-  void each_key_word(Sums& sums, int64_t width, const Body& body) const {
-    sums.clear_until(ceil_div(region_.cols, 16));
-    const float* sum_t = sums.data;
+  void settle_transposed(Sums& from, int64_t width, Rows<float> sums, const View& grad, int64_t b, int64_t hk, Share share) const {
+    from.clear_until(ceil_div(region_.cols, 16));
+    const float* sum_t = from.data;
     alignas(64) float block[16 * 16];
     for (int64_t c = 0; c < region_.cols; c += 16)
       for (int64_t d = 0; d < width; d += 16, sum_t += 256) {
         transpose_word_block(sum_t, 16, block, 16);
-        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k) body(c + k, d, _mm512_load_ps(block + k * 16));
+        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k)
+          settle(_mm512_load_ps(block + k * 16), c + k, d, width, sums, grad, b, hk, region_.j(c + k), share);
       }
-  }
-  void add_transposed(Sums& sums, int64_t width, Rows<float> to, bool store) const {
-    each_key_word(sums, width, [&](int64_t c, int64_t d, __m512 x) {
-      add_word(x, width - d, to.row(region_.j(c)) + d, store);
-    });
-  }
-  void write_transposed(Sums& sums, int64_t width, const View& to, int64_t b, int64_t hk) const {
-    each_key_word(sums, width, [&](int64_t c, int64_t d, __m512 x) {
-      write_word(x, width - d, bf16_at(to, b, hk, region_.j(c)) + d);
-    });
   }
 
   const MaskedAttentionParams& p_;

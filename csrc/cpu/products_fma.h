@@ -106,9 +106,9 @@ class FmaProducts {
 
   // `stored`: a gradient's rows are stored by the first tile that meets them.
   void open_pair(bool stored) { stored_ = stored; }
-  void close_pair(Rows<T>, Rows<T>, bool) {}
+  void close_pair(int64_t, int64_t, Rows<T>, Rows<T>, Share) {}
   void open_head() {}
-  void close_head(Rows<T>, bool) {}
+  void close_head(int64_t, int64_t, Rows<T>, Share) {}
 
   // dv += P^T grad_out, dk += dS^T q, dq += dS k of the weights and gradients taken, each where wanted; = instead of +=
   // where its rows are stored and this tile is the first to come

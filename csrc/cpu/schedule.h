@@ -43,8 +43,19 @@ struct Part {
   int64_t end(int64_t n) const { return index + 1 == count ? n : n * (index + 1) / count / align * align; }
 };
 
-// Calls visit(region, pass, first, last) for every region of the unit's rows and columns that some head may see; first
-// and last say whether the region opens or closes its rows. Rows that see nothing get one region without columns.
+// A region's part in a gradient: the first `met` of its rows have sums of regions before, the first `complete` get no more.
+struct Share {
+  int64_t met, complete;
+};
+
+// Where a region comes in a walk. What it says of the keys holds where the rows' keys move one way only (WalkOrder).
+struct Place {
+  bool first, last;  // of its rows
+  Share keys;
+};
+
+// Calls visit(region, pass, place) for every region of the unit's rows and columns that some head may see. Rows that see
+// nothing get one region without columns.
 template <class Visit>
 void walk_regions(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_cols, int64_t col_multiple, Part rows,
                   Part cols, const Visit& visit) {
@@ -57,7 +68,10 @@ void walk_regions(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_
     for (int64_t residue = 0; residue < min64(pass.step, p.Lq); ++residue) {
       const int64_t n_rows = ceil_div(p.Lq - residue, pass.step);
       const int64_t key_residue = (residue + pass.phase) % pass.step;
-      for (int64_t r = rows.begin(n_rows); r < rows.end(n_rows); r += max_rows) {
+      struct Reach {
+        int64_t lo, hi;
+      };
+      const auto reach = [&](int64_t r) {
         const int64_t count = min64(max_rows, rows.end(n_rows) - r);
         const int64_t first_i = residue + r * pass.step, last_i = first_i + (count - 1) * pass.step;
         int64_t lo = p.n_patterns == 0 ? 0 : p.Lk, hi = p.n_patterns == 0 ? p.Lk : 0;
@@ -68,18 +82,64 @@ void walk_regions(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_
           hi = max64(hi, range.stop);
         }
         lo = max64(lo, cols.begin(p.Lk));
-        hi = min64(hi, cols.end(p.Lk));
-        lo += floor_mod(key_residue - lo, pass.step);
-        const int64_t n_cols = lo < hi ? ceil_div(hi - lo, pass.step) : 0;
+        return Reach{lo + floor_mod(key_residue - lo, pass.step), min64(hi, cols.end(p.Lk))};
+      };
+      const Reach none{p.Lk, 0};
+      Reach before = none, now = none, after = none;
+      for (int64_t r = rows.begin(n_rows); r < rows.end(n_rows); r += max_rows) {
+        const int64_t count = min64(max_rows, rows.end(n_rows) - r), first_i = residue + r * pass.step;
+        before = now;
+        now = r == rows.begin(n_rows) ? reach(r) : after;
+        after = r + max_rows < rows.end(n_rows) ? reach(r + max_rows) : none;
+        const int64_t lo = now.lo, n_cols = lo < now.hi ? ceil_div(now.hi - lo, pass.step) : 0;
         const int64_t regions = n_cols > 0 ? ceil_div(n_cols, max_cols) : 1;
         const int64_t width = min64(max_cols, ceil_div(ceil_div(n_cols, regions), col_multiple) * col_multiple);
-        for (int64_t g = 0, c = 0; g < regions; ++g, c += width)
-          visit(Region{first_i, count, lo + c * pass.step, max64(0, min64(width, n_cols - c)), pass.step}, pass, g == 0,
-                g == regions - 1);
+        for (int64_t g = 0, c = 0; g < regions; ++g, c += width) {
+          const Region region{first_i, count, lo + c * pass.step, max64(0, min64(width, n_cols - c)), pass.step};
+          const auto columns_below = [&](int64_t j) {
+            return j <= region.j0 ? 0 : min64(region.cols, ceil_div(j - region.j0, pass.step));
+          };
+          visit(region, pass, Place{g == 0, g == regions - 1, {columns_below(before.hi), columns_below(after.lo)}});
+        }
       }
     }
   }
 }
+
+// What regions that come in order know of each other: where a gradient's rows are met in order, those that nothing was added
+// to yet are stored, and complete ones are done with. Where they are met once, no sums of them outlive a region.
+struct WalkOrder {
+  bool queries = false, keys = false;
+  bool queries_once = false, keys_once = false;
+
+  WalkOrder() = default;
+  WalkOrder(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_cols, int64_t col_multiple) {
+    queries_once = keys_once = keys = true;
+    int64_t lo = 0, hi = p.Lk;  // keys of the rows before, of the same residue class
+    Pass only{0, 0};
+    walk_regions(p, max_rows, max_cols, col_multiple, {}, {}, [&](const Region& region, const Pass& pass, const Place& place) {
+      queries_once = queries_once && place.first && place.last;
+      keys_once = keys_once && place.keys.met == 0 && place.keys.complete == region.cols;
+      if (only.step == 0) only = pass;
+      keys = keys && region.cols > 0 && only == pass;
+      if (!keys) return;
+      const int64_t end = region.j(region.cols);
+      if (place.first) {
+        const bool opens = region.i0 < region.step;  // the class of its rows
+        keys = opens ? hi >= p.Lk && region.j0 < region.step : region.j0 >= lo && region.j0 <= hi;
+        lo = region.j0;
+        if (opens) hi = 0;
+      }
+      if (place.last) keys = keys && end >= hi, hi = end;
+    });
+    // every key is in a class that some query meets
+    keys = keys && hi >= p.Lk && only.step <= p.Lq;
+    keys_once = keys_once && keys;
+    // a head may pass by regions that others see
+    queries = queries_once || p.n_patterns <= 1;
+    keys = keys_once || (keys && p.n_patterns <= 1);
+  }
+};
 
 // Are the heads of a sample better left to one task? Where sequences are short, which pairs may be seen takes long to find
 // beside the products, and is found once.

@@ -24,8 +24,8 @@ FIXED = [
 FIXED += [
     p.but(multiplier="rank 20: 11 11 11", bias="rank 3: 1h 1h") for p in FIXED if p.Lq in (31, 257)
 ]
-# More than one region: gradients in which one region alone has a part, rows of regions that see
-# nothing, keys that no row sees.
+# More than one region: gradients in which one region alone has a part, or several that come in
+# order or not, rows of regions that see nothing, keys that no row sees.
 long = partial(Problem, B=1, H=2, D=40, dtype="bfloat16", dropout_p=0.1, lse_grad=True)
 REGIONS = [
     long(Lq=800, pattern="BlockDiagonal(64)", bias="1h1k"),
@@ -34,6 +34,11 @@ REGIONS = [
     long(H=4, Hkv=2, Lq=800, pattern="DilatedToeplitz(90, 5)", multiplier="11qk"),
     long(H=3, Hkv=1, Lq=700, pattern=("Toeplitz(9)", "DilatedToeplitz(9, 3)", None)),
     long(Lq=700, Dv=72, multiplier="1h1k", key_mask=True),
+    long(Lq=1000, pattern="Toeplitz(40)", bias="1h1k"),
+    long(Lq=900, Lk=700, pattern='Toeplitz(200, alignment="end")'),
+    long(Lq=900, pattern="DilatedToeplitz(80, 2)"),
+    long(Lq=900, pattern=("Toeplitz(30)", None), multiplier="b1qk"),
+    long(Lq=800, Lk=900, multiplier="11qk"),
 ]
 
 

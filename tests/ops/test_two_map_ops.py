@@ -11,7 +11,7 @@ import warnings
 import levels
 import pytest
 import torch
-from backends import BACKENDS, BY_NAME
+from backends import BACKENDS, BY_NAME, widest
 from levels import LEVELS
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -154,7 +154,7 @@ def test_level(level):
 
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case, backend):
-    drawn = Drawn(CASES[case])
+    drawn = Drawn(CASES[case].but(dtype=widest(backend)))
     o, p = drawn.operands, drawn.case.problem
     flat, ids = encode(drawn.pattern, p.H)
     four = drawn.case.op == "global_local_attention"
