@@ -57,6 +57,13 @@ def test_level(level):
 
 
 @pytest.mark.backend("cpu")
+@pytest.mark.parametrize("number", range(len(REGIONS)))
+def test_regions(number):
+    """At the machine's own level, with its threads."""
+    check(REGIONS[number], "cpu")
+
+
+@pytest.mark.backend("cpu")
 @pytest.mark.parametrize("level", ["no_such_level", *sorted({"avx2", "avx512", "amx"} - AVAILABLE)])
 def test_level_that_cannot_run_is_refused(level):
     """Nothing crashes on a lesser CPU, and a forced level is never replaced in silence."""
