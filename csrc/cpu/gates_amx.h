@@ -42,7 +42,7 @@ class AmxGates {
       for (int64_t r = 0; r < T_; ++r) {
         load_row<VecAvx512>(row, at(gate, r * gate.stride[2]), gate.dtype, gate.stride[3], T_);
         for (int64_t c = 0; c < T_; ++c) row[c] *= factor;
-        narrow_rows<false, true>(row, padded, 1, 1, T_, nullptr, rows + r * padded);
+        narrow_rows<false, true>(row, padded, 1, 1, T_, padded, nullptr, rows + r * padded);
       }
       const Bf16Rows staged{rows, padded, T_, T_};
       pack_along_rows(staged, capacity(T_), pairs);
@@ -92,23 +92,23 @@ class AmxGates {
   }
 
   void whole_logit(int64_t r0, int64_t rows, const float* whole, float* logit, int64_t ld) const {
-    if (sums_) narrow_rows<true, true>(whole, ld, rows, padded_, T_, whole_pairs_ + r0 * 16, rows_);
-    else narrow_rows<false, true>(whole, ld, rows, rows, T_, nullptr, rows_);
+    if (sums_) narrow_rows<true, true>(whole, ld, rows, padded_, T_, padded_, whole_pairs_ + r0 * 16, rows_);
+    else narrow_rows<false, true>(whole, ld, rows, rows, T_, padded_, nullptr, rows_);
     multiply(false, rows, T_, padded_, rows_, padded_, staged_.whole, 16 * Staged::capacity(T_), logit, ld);
   }
   void add_near_logit(int64_t r, int64_t rows, int64_t lo, int64_t cols, const float* near, int64_t near_ld, float* logit,
                       int64_t ld) const {
     const int64_t padded = round_up(cols, 32);
-    if (sums_) narrow_rows<true, true>(near, near_ld, rows, padded_, cols, near_pairs_ + lo * padded_ + r * 16, rows_);
-    else narrow_rows<false, true>(near, near_ld, rows, rows, cols, nullptr, rows_);
+    if (sums_) narrow_rows<true, true>(near, near_ld, rows, padded_, cols, padded, near_pairs_ + lo * padded_ + r * 16, rows_);
+    else narrow_rows<false, true>(near, near_ld, rows, rows, cols, padded, nullptr, rows_);
     for (int64_t n = lo / 16; sums_ && n < (lo + cols + 15) / 16; ++n) strips_[n].include(r / 32);
     multiply(true, rows, T_, padded, rows_, padded, staged_.near + lo * 16, 16 * Staged::capacity(T_), logit, ld);
   }
 
   void take_logit_grads(int64_t r0, int64_t rows, const float* grad, int64_t ld) {
-    if (!sums_) return narrow_rows<false, true>(grad, ld, rows, rows, T_, nullptr, grad_rows_);
+    if (!sums_) return narrow_rows<false, true>(grad, ld, rows, rows, T_, padded_, nullptr, grad_rows_);
     const int64_t block_rows = round_up(rows, 32);
-    narrow_rows<true, true>(grad, ld, rows, block_rows, T_, grad_pairs_, grad_rows_);
+    narrow_rows<true, true>(grad, ld, rows, block_rows, T_, padded_, grad_pairs_, grad_rows_);
     for (int64_t c = 0; c < T_; c += 16)
       for (int64_t r = 0; r < block_rows; r += 32)
         transpose_word_block(reinterpret_cast<const float*>(grad_pairs_ + c * block_rows + r * 16), 16,

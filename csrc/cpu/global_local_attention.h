@@ -112,7 +112,7 @@ class LocalMap {
       const bool first = !seen_[r];
       T* to = out_.data + r * out_.ld;
       softmax_tile<V>(piece, false, state_ + r, first, to, out_.ld, p_.Dv);
-      products.take_weights(0, piece.rows, piece.cols, piece.scores, piece.ld);
+      products.take_weights({0, piece.rows, 0, piece.cols}, piece.cols, piece.scores, piece.ld);
       products.weigh_values(first, piece.rows, from, piece.cols, to, out_.ld);
       memset(seen_ + r, 1, static_cast<size_t>(piece.rows));
     }
@@ -207,7 +207,7 @@ class LocalMapBackward {
     for (int64_t n = 0; n < n_kept_; ++n) {
       const Piece& piece = kept_[n];
       const Tile<T>& t = piece.tile;
-      products_.take_slopes(0, t.rows, t.rows, t.cols, t.scores, t.scores, t.ld, wanted);
+      products_.take_slopes({0, t.rows, 0, t.cols}, t.rows, t.cols, t.scores, t.scores, t.ld, wanted);
       products_.accumulate(piece.r, t.rows, piece.lo, t.cols, wanted, {}, {}, dv, false, false);
     }
     products_.swap_grad_out(grad_out_);

@@ -237,7 +237,7 @@ class MapGate {
       mix(r0, rows);
       const Region part{r0, rows, 0, p_.Lk, 1};
       const Rows<T> out = out_rows<V>(p_.out, p_.query.dtype, p_.Dv, part, b_, h_, out_, 0);
-      products_.take_weights(0, rows, p_.Lk, mixed_, ld_);
+      products_.take_weights({0, rows, 0, p_.Lk}, p_.Lk, mixed_, ld_);
       products_.weigh_values(true, rows, 0, p_.Lk, out.data, out.ld);
       if (in_place<V>(p_.query.dtype)) continue;
       for (int64_t r = 0; r < rows; ++r)
@@ -274,7 +274,7 @@ class MapGate {
         const int64_t rows = min64(s_.blocking.tile_rows, p_.Lq - r0);
         mix(r0, rows);
         if (s_.maps || s_.gates) slope(r0, rows, whole_sum, near_sum);
-        products_.take_slopes(0, rows, rows, p_.Lk, mixed_, grad_, ld_, wanted);
+        products_.take_slopes({0, rows, 0, p_.Lk}, rows, p_.Lk, mixed_, grad_, ld_, wanted);
         products_.accumulate(r0, rows, 0, p_.Lk, wanted, dq, dk, dv, true, r0 == 0);
       }
       gates_.close_head(whole_sum, near_sum);

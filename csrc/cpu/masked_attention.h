@@ -143,6 +143,15 @@ struct RegionMasks {
     return lo < hi;
   }
 
+  // Rows [s, s + rows) of a tile from row r0 and column lo on, narrowed to the columns from `from` on that they see.
+  Tile<T> strip(const Tile<T>& tile, int64_t r0, int64_t lo, int64_t s, int64_t rows, int64_t& from) const {
+    int64_t first = lo, last = lo + tile.cols;
+    if (tile.visible != nullptr && rows < tile.rows) visibility.template narrow<V>(r0 + s, rows, first, last);
+    constexpr int64_t kPackedColumns = 32;  // that products take at once
+    from = max64(0, min64(first, last) - lo) / kPackedColumns * kPackedColumns;
+    return strip_of(tile, s, rows, from, max64(0, last - lo - from));
+  }
+
   void drop(T* x, int64_t ld, int64_t rows, int64_t cols) const {
     drop_rows<V>(x, ld, rows, cols, keep, Visibility::words_per_row(tile_cols), static_cast<T>(1 / (1 - p.dropout_p)));
   }
@@ -314,16 +323,17 @@ class Forward {
         if (multiplier) tile.multiplier = {multiplier.row(r0) + lo, multiplier.ld};
         if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
         for (int64_t s = 0; s < rows; s += kStripRows) {
-          const Tile<T> strip = strip_of(tile, s, min64(kStripRows, rows - s));
+          int64_t from;
+          const Tile<T> strip = masks_.strip(tile, r0, lo, s, min64(kStripRows, rows - s), from);
           const int64_t r = r0 + s;
-          products_.scores(r, strip.rows, lo, ceil_div(tile.cols, V::W), scores_, ld);
+          products_.scores(r, strip.rows, lo + from, ceil_div(strip.cols, V::W), scores_, ld);
           second_.attend(r, lo, strip, products_);
           softmax_tile<V>(strip, p_.gate, state + r, !opened[block], out.row(r), out.ld, p_.Dv);
           if (p_.dropout_p > 0) {
-            masks_.draw(b, h, r, strip.rows, lo, tile.cols);
-            masks_.drop(scores_, ld, strip.rows, tile.cols);
+            masks_.draw(b, h, r, strip.rows, lo + from, strip.cols);
+            masks_.drop(scores_, ld, strip.rows, strip.cols);
           }
-          products_.take_weights(s, strip.rows, tile.cols, scores_, ld);
+          products_.take_weights({s, strip.rows, from, strip.cols}, tile.cols, scores_, ld);
         }
         products_.weigh_values(!opened[block], rows, lo, tile.cols, out.row(r0), out.ld);
         opened[block] = 1;

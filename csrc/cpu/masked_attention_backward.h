@@ -399,22 +399,22 @@ class Backward {
         if (bias) tile.bias = {bias.row(r0) + lo, bias.ld};
         if (dmul) tile.grad_multiplier = {dmul.row(r0) + lo, dmul.ld};
         if (dbias) tile.grad_bias = {dbias.row(r0) + lo, dbias.ld};
-        const int64_t words = ceil_div(tile.cols, V::W);
         for (int64_t s = 0; s < tile.rows; s += kStripRows) {
-          const Tile<T> strip = strip_of(tile, s, min64(kStripRows, tile.rows - s));
-          const int64_t r = r0 + s;
-          products_.scores(r, strip.rows, lo, words, scores_, ld);
+          int64_t from;
+          const Tile<T> strip = masks_.strip(tile, r0, lo, s, min64(kStripRows, tile.rows - s), from);
+          const int64_t r = r0 + s, words = ceil_div(strip.cols, V::W);
+          products_.scores(r, strip.rows, lo + from, words, scores_, ld);
           second_.keep_scores(r, lo, strip);
-          if (s_.want_scores) products_.weight_grads(r, strip.rows, lo, words, grad_, ld);
+          if (s_.want_scores) products_.weight_grads(r, strip.rows, lo + from, words, grad_, ld);
           else for (int64_t k = 0; k < strip.rows; ++k) memset(grad_ + k * ld, 0, static_cast<size_t>(words * V::W) * sizeof(T));
           if (p_.dropout_p > 0) {
-            masks_.draw(b, h, r, strip.rows, lo, tile.cols);
-            masks_.drop(grad_, ld, strip.rows, tile.cols);
+            masks_.draw(b, h, r, strip.rows, lo + from, strip.cols);
+            masks_.drop(grad_, ld, strip.rows, strip.cols);
           }
           softmax_backward_tile<V>(strip, p_.gate, sums_.of(r));
           second_.add_gradient(strip);
-          if (p_.dropout_p > 0) masks_.drop(scores_, ld, strip.rows, tile.cols);
-          products_.take_slopes(s, strip.rows, tile.rows, tile.cols, scores_, grad_, ld, wanted);
+          if (p_.dropout_p > 0) masks_.drop(scores_, ld, strip.rows, strip.cols);
+          products_.take_slopes({s, strip.rows, from, strip.cols}, tile.rows, tile.cols, scores_, grad_, ld, wanted);
         }
         products_.accumulate(r0, tile.rows, lo, tile.cols, wanted, dq, dk, dv, lo == 0,
                              first_head && r0 == 0);

@@ -103,9 +103,9 @@ class AmxProducts {
              value_pairs_ + lo * width_, 16 * width_, 512, in_rows(C, ldc));
   }
 
-  // Rows [s, s + rows) of a tile's weights, whose products come once the tile has them all.
-  void take_weights(int64_t s, int64_t rows, int64_t cols, const float* P, int64_t ld) {
-    narrow_rows<false, true>(P, ld, rows, rows, cols, nullptr, weights_ + s * round_up(cols, 32));
+  // A strip of a tile's weights, whose products come once the tile has them all; the strip's other columns are zero.
+  void take_weights(const Strip& strip, int64_t tile_cols, const float* P, int64_t ld) {
+    take<false, true>(P, ld, strip, 0, round_up(tile_cols, 32), nullptr, weights_);
   }
   // Rows of `out` up to a multiple of 16 are written.
   void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, float* out, int64_t ld) {
@@ -119,26 +119,26 @@ class AmxProducts {
   void open_head() { dq_.opened = 0; }
   // Rows that are complete go to the caller's tensor, others to sums.
   void close_pair(int64_t b, int64_t hk, Rows<float> dk, Rows<float> dv, Share share) {
-    if (p_.grad_key.data != nullptr) settle_transposed(dk_t_, p_.D, dk, p_.grad_key, b, hk, share);
-    if (p_.grad_value.data != nullptr) settle_transposed(dv_t_, p_.Dv, dv, p_.grad_value, b, hk, share);
+    if (p_.grad_key.data != nullptr) settle_transposed(dk_t_, p_.D, destination(p_.grad_key, b, hk, region_.j0, dk), share);
+    if (p_.grad_value.data != nullptr) settle_transposed(dv_t_, p_.Dv, destination(p_.grad_value, b, hk, region_.j0, dv), share);
   }
   void close_head(int64_t b, int64_t h, Rows<float> dq, Share share) {
     if (p_.grad_query.data == nullptr) return;
+    const Destination to = destination(p_.grad_query, b, h, region_.i0, dq);
     dq_.clear_until(ceil_div(region_.rows, 16));
     for (int64_t r = 0; r < region_.rows; ++r)
       for (int64_t d = 0; d < p_.D; d += 16)
-        settle(_mm512_loadu_ps(dq_.of(r / 16) + d * 16 + r % 16 * 16), r, d, p_.D, dq, p_.grad_query, b, h, region_.i(r), share);
+        settle(_mm512_loadu_ps(dq_.of(r / 16) + d * 16 + r % 16 * 16), r, d, p_.D, to, share);
   }
 
-  // Rows [s, s + rows) of a tile of tile_rows: weights and gradients of the scores, for the gradients that are wanted.
-  void take_slopes(int64_t s, int64_t rows, int64_t tile_rows, int64_t cols, const float* P, const float* dS, int64_t ld,
+  // Weights and gradients of the scores of a strip, for the gradients that are wanted.
+  void take_slopes(const Strip& strip, int64_t tile_rows, int64_t tile_cols, const float* P, const float* dS, int64_t ld,
                    Wanted wanted) {
-    const int64_t padded_rows = round_up(tile_rows, 32), padded_cols = round_up(cols, 32);
-    uint16_t* rows_to = weights_ + s * padded_cols;
-    if (wanted.value) narrow_rows<true, false>(P, ld, rows, padded_rows, cols, weight_pairs_ + s * 16, nullptr);
-    if (wanted.key && wanted.query) narrow_rows<true, true>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, rows_to);
-    else if (wanted.key) narrow_rows<true, false>(dS, ld, rows, padded_rows, cols, score_grad_pairs_ + s * 16, nullptr);
-    else if (wanted.query) narrow_rows<false, true>(dS, ld, rows, padded_rows, cols, nullptr, rows_to);
+    const int64_t rows = round_up(tile_rows, 32), cols = round_up(tile_cols, 32);
+    if (wanted.value) take<true, false>(P, ld, strip, rows, cols, weight_pairs_, nullptr);
+    if (wanted.key && wanted.query) take<true, true>(dS, ld, strip, rows, cols, score_grad_pairs_, weights_);
+    else if (wanted.key) take<true, false>(dS, ld, strip, rows, cols, score_grad_pairs_, nullptr);
+    else if (wanted.query) take<false, true>(dS, ld, strip, rows, cols, nullptr, weights_);
   }
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Wanted wanted, Rows<float>, Rows<float>,
                   Rows<float>, bool, bool) {
@@ -188,27 +188,62 @@ class AmxProducts {
             v.stride[2] * region_.step, rows, width};
   }
 
+  // A strip in bf16, in a tile of padded_rows by padded_cols.
+  template <bool kPairs, bool kRows>
+  static void take(const float* x, int64_t ld, const Strip& strip, int64_t padded_rows, int64_t padded_cols, uint16_t* pairs,
+                   uint16_t* rows) {
+    const int64_t end = strip.col + round_up(strip.cols, 32);
+    uint16_t *const pairs_to = pairs + strip.row * 16, *const rows_to = rows + strip.row * padded_cols;
+    narrow_rows<kPairs, kRows>(x, ld, strip.rows, padded_rows, strip.cols, padded_cols, pairs_to + strip.col * padded_rows,
+                               rows_to + strip.col);
+    const auto clear = [&](int64_t first, int64_t last) {
+      if constexpr (kPairs)
+        for (int64_t c = first; c < last; c += 16)
+          memset(pairs_to + c * padded_rows, 0, static_cast<size_t>(round_up(strip.rows, 32) * 16) * sizeof(uint16_t));
+      if constexpr (kRows)
+        for (int64_t r = 0; r < strip.rows; ++r)
+          for (int64_t c = first; c < last; c += 32)
+            _mm512_storeu_si512(rows_to + r * padded_cols + c, _mm512_setzero_si512());
+    };
+    clear(0, strip.col);
+    clear(end, padded_cols);
+  }
+
   static TileSums in_rows(float* C, int64_t ld) { return {C, ld, 16 * ld, 16}; }
 
-  // Elements [d, d + 16) of row `row`, which is row r of the region.
-  static void settle(__m512 x, int64_t r, int64_t d, int64_t width, Rows<float> sums, const View& grad, int64_t b, int64_t h,
-                     int64_t row, Share share) {
-    const __mmask16 inside = static_cast<__mmask16>(low_bits(width - d));
-    if (r < share.met) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(inside, sums.row(row) + d));
-    if (r >= share.complete) return _mm512_mask_storeu_ps(sums.row(row) + d, inside, x);
-    uint16_t* to = reinterpret_cast<uint16_t*>(at_mutable(grad, head_offset(grad, b, h) + row * grad.stride[2])) + d;
-    _mm256_mask_storeu_epi16(to, inside, _mm512_castsi512_si256(bf16_words(x, x)));
+  // Where the rows of a region's gradient go.
+  struct Destination {
+    float* sums;
+    int64_t sums_ld;
+    uint16_t* grad;
+    int64_t grad_ld;
+  };
+  Destination destination(const View& grad, int64_t b, int64_t h, int64_t first, Rows<float> sums) const {
+    return {sums.data == nullptr ? nullptr : sums.row(first), sums.ld * region_.step,
+            reinterpret_cast<uint16_t*>(at_mutable(grad, head_offset(grad, b, h) + first * grad.stride[2])),
+            grad.stride[2] * region_.step};
   }
-  void settle_transposed(Sums& from, int64_t width, Rows<float> sums, const View& grad, int64_t b, int64_t hk, Share share) const {
+
+  // Elements [d, d + 16) of row r.
+  static void settle(__m512 x, int64_t r, int64_t d, int64_t width, const Destination& to, Share share) {
+    const __mmask16 inside = static_cast<__mmask16>(low_bits(width - d));
+    float* const sum = to.sums + r * to.sums_ld + d;
+    if (r < share.met) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(inside, sum));
+    if (r >= share.complete) return _mm512_mask_storeu_ps(sum, inside, x);
+    _mm256_mask_storeu_epi16(to.grad + r * to.grad_ld + d, inside, _mm512_castsi512_si256(bf16_words(x, x)));
+  }
+  void settle_transposed(Sums& from, int64_t width, const Destination& to, Share share) const {
     from.clear_until(ceil_div(region_.cols, 16));
     const float* sum_t = from.data;
     alignas(64) float block[16 * 16];
-    for (int64_t c = 0; c < region_.cols; c += 16)
+    for (int64_t c = 0; c < region_.cols; c += 16) {
+      for (int64_t r = c + 16; r < min64(c + 32, share.met); ++r)  // sums of the next block, called for early
+        for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(to.sums + r * to.sums_ld + d, 1);
       for (int64_t d = 0; d < width; d += 16, sum_t += 256) {
         transpose_word_block(sum_t, 16, block, 16);
-        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k)
-          settle(_mm512_load_ps(block + k * 16), c + k, d, width, sums, grad, b, hk, region_.j(c + k), share);
+        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k) settle(_mm512_load_ps(block + k * 16), c + k, d, width, to, share);
       }
+    }
   }
 
   const MaskedAttentionParams& p_;

@@ -22,6 +22,11 @@ struct Blocking {
 
 constexpr int64_t kWholeTile = int64_t{1} << 30;  // rows of a strip that is all of a tile
 
+// Rows and columns of a tile.
+struct Strip {
+  int64_t row, rows, col, cols;
+};
+
 // Whose gradients are wanted.
 struct Wanted {
   bool query, key, value;
@@ -99,7 +104,7 @@ class FmaProducts {
   }
 
   // out [rows, Dv] (+)= P v of the weights taken
-  void take_weights(int64_t, int64_t, int64_t, const T* P, int64_t ld) { weights_ = P, ld_ = ld; }
+  void take_weights(const Strip&, int64_t, const T* P, int64_t ld) { weights_ = P, ld_ = ld; }
   void weigh_values(bool first, int64_t rows, int64_t lo, int64_t cols, T* out, int64_t ld) {
     product<false>(first, rows, p_.Dv, cols, weights_, ld_, value_.data + lo * value_.ld, value_.ld, out, ld);
   }
@@ -112,7 +117,7 @@ class FmaProducts {
 
   // dv += P^T grad_out, dk += dS^T q, dq += dS k of the weights and gradients taken, each where wanted; = instead of +=
   // where its rows are stored and this tile is the first to come
-  void take_slopes(int64_t, int64_t, int64_t, int64_t, const T* P, const T* dS, int64_t ld, Wanted) {
+  void take_slopes(const Strip&, int64_t, int64_t, const T* P, const T* dS, int64_t ld, Wanted) {
     weights_ = P, slopes_ = dS, ld_ = ld;
   }
   void accumulate(int64_t r0, int64_t rows, int64_t lo, int64_t cols, Wanted wanted, Rows<T> dq, Rows<T> dk, Rows<T> dv,

@@ -32,6 +32,10 @@ class RowSums {
       shift_[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
       rest_[r] = p_.lse_rest.data == nullptr ? T(0) : static_cast<const T*>(p_.lse_rest.data)[at_lse];
       const char *out = row_of(p_.out, b, h, i), *grad_out = row_of(p_.grad_out, b, h, i);
+      if (r + kAhead < region.rows) {  // rows of `out` were not met for long
+        const char* next = row_of(p_.out, b, h, region.i(r + kAhead));
+        for (int64_t at = 0; at < p_.Dv * size_of(p_.out.dtype); at += 64) __builtin_prefetch(next + at);
+      }
       const DType out_type = p_.out.dtype, grad_type = p_.grad_out.dtype;
       typename V::reg sum = V::zero();
       int64_t d = 0;
@@ -46,6 +50,8 @@ class RowSums {
   }
 
  private:
+  static constexpr int64_t kAhead = 16;
+
   // Elements from d on, fewer than a word, in lanes of their own: those of the row's last word, which begins before them.
   typename V::reg rest_of_row(const char* row, DType type, int64_t d) const {
     if (p_.Dv < V::W) {

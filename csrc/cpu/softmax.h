@@ -48,15 +48,18 @@ struct Tile {
   T scale;
 };
 
-// `rows` rows of a tile from row s on, whose scores and gradients lie where the tile's own began.
+// `rows` rows and `cols` columns of a tile from row s and column c on, whose scores and gradients lie where the tile's own
+// began.
 template <class T>
-Tile<T> strip_of(Tile<T> t, int64_t s, int64_t rows) {
+Tile<T> strip_of(Tile<T> t, int64_t s, int64_t rows, int64_t c, int64_t cols) {
   t.rows = rows;
-  if (t.multiplier) t.multiplier.data = t.multiplier.row(s);
-  if (t.bias) t.bias.data = t.bias.row(s);
-  if (t.grad_multiplier) t.grad_multiplier.data = t.grad_multiplier.row(s);
-  if (t.grad_bias) t.grad_bias.data = t.grad_bias.row(s);
+  t.cols = cols;
+  if (t.multiplier) t.multiplier.data = t.multiplier.row(s) + c;
+  if (t.bias) t.bias.data = t.bias.row(s) + c;
+  if (t.grad_multiplier) t.grad_multiplier.data = t.grad_multiplier.row(s) + c;
+  if (t.grad_bias) t.grad_bias.data = t.grad_bias.row(s) + c;
   if (t.visible != nullptr) t.visible += s * t.visible_ld;
+  t.visible_bit += c;
   return t;
 }
 

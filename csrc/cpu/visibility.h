@@ -54,13 +54,14 @@ class Visibility {
   // For regions of at most that many rows and columns.
   Visibility(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_cols, Arena& arena)
       : p_(p),
-        slides_(slides(p)),
+        period_(period(p)),
         words_(arena.take<uint64_t>(max_rows * words_per_row(max_cols))),
         key_words_(arena.take<uint64_t>(words_per_row(max_cols))),
         segment_words_(arena.take<uint64_t>(kKeptSegments * words_per_row(max_cols))) {}
 
   void enter(const Region& region) {
-    const bool same = slides_ && region.j0 - region.i0 == region_.j0 - region_.i0 && region.rows == region_.rows &&
+    const bool same = period_ > 0 && (region.i0 - region_.i0) % period_ == 0 &&
+                      region.j0 - region.i0 == region_.j0 - region_.i0 && region.rows == region_.rows &&
                       region.cols == region_.cols && region.step == region_.step;
     region_ = region;
     if (same) return;
@@ -106,15 +107,19 @@ class Visibility {
   }
 
  private:
-  // Are the bits of regions that lie alike towards the diagonal the same?
-  static bool slides(const MaskedAttentionParams& p) {
-    if (p.attn_mask.data != nullptr || p.key_mask.data != nullptr) return false;
+  // The bits of regions that lie alike towards the diagonal are the same when they are a multiple of this apart; 0 if never.
+  static int64_t period(const MaskedAttentionParams& p) {
+    if (p.attn_mask.data != nullptr || p.key_mask.data != nullptr) return 0;
+    int64_t block = 1;
     for (int64_t h = 0; h < p.n_patterns; ++h)
       for (int t = 0; t < p.patterns[h].n_terms; ++t) {
-        const PatternKind kind = p.patterns[h].terms[t].kind;
-        if (kind == PatternKind::block_diagonal || kind == PatternKind::segments) return false;
+        const PatternTerm& term = p.patterns[h].terms[t];
+        if (term.kind == PatternKind::segments) return 0;
+        if (term.kind != PatternKind::block_diagonal || block % term.a == 0) continue;
+        if (term.a % block != 0) return 0;
+        block = term.a;
       }
-    return true;
+    return block;
   }
 
   void fill_key_words(int64_t b) {
@@ -200,7 +205,7 @@ class Visibility {
   };
 
   const MaskedAttentionParams& p_;
-  bool slides_;
+  int64_t period_;
   uint64_t *words_, *key_words_, *segment_words_;
   Segment segments_[kKeptSegments];
   int64_t n_segments_ = 0;  // that were met since the region or the sample changed

@@ -69,6 +69,9 @@ def test_more_groups_than_threads(pattern):
         {"pattern": "Toeplitz(40)"},
         {"pattern": "DilatedToeplitz(12, 3)"},
         {"pattern": "Toeplitz(40)", "key_mask": True},
+        {"pattern": "BlockDiagonal(64)"},
+        {"pattern": 'BlockDiagonal(24, alignment="end") & Toeplitz(30)'},
+        {"pattern": "BlockDiagonal(100) & Toeplitz(12)"},
     ],
     ids=str,
 )
