@@ -215,9 +215,11 @@ def map_gated_forward_kernel(
                 mixed = r * whole
                 if PART == 0:
                     mixed += (1.0 - r) * near
-                sums += tl.sum(mixed, 1)
                 v = load_rows(values, o.value.row, column, T, DV, BLOCK_DV, EVEN)
-                result = tl.dot(mixed.to(v.dtype), v, result, input_precision=PRECISION)
+                weights = mixed.to(v.dtype)
+                # of the rounded weights, for those of a row to be 1 together
+                sums += tl.sum(weights.to(tl.float32), 1)
+                result = tl.dot(weights, v, result, input_precision=PRECISION)
         share = tl.where(sums == 0.0, 0.0, 1.0 / sums)
         if RENORMALISE:
             result = result * share[:, None]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import widest
 
 import lam_kernels
 from lam_kernels import window_attention
@@ -27,7 +28,7 @@ def by_hand(query, key, value, bias, segments=None, scale=None):
 @pytest.mark.parametrize("scale", [None, 1.0])
 @pytest.mark.parametrize("cut", [None, 1, 2, 6])
 def test_formula_and_gradients(backend, cut, scale):
-    operands = windows()
+    operands = windows(dtype=getattr(torch, widest(backend)))
     segments = None if cut is None else torch.randint(0, 3, (cut, 16))
     out = window_attention(*operands, segments=segments, scale=scale, backend=backend)
     expected = by_hand(*operands, segments, scale)
