@@ -97,7 +97,8 @@ bench: build
 # every held target, under both allocators: twenty minutes
 bench-targets: build
 	$(call timed,bench,for set in foundation low-rank windows two-maps; do $(BIN)/python -m bench run --set $$set || exit; done; \
-	  $(BIN)/python -m bench table --brief --output bench/results/targets.md)
+	  $(BIN)/python -m bench table --brief --output bench/results/targets-$$($(BIN)/python -c \
+	  'from lam_kernels.ops import _native; print(_native.level())').md)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache

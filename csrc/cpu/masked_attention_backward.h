@@ -114,7 +114,7 @@ class Backward {
     bool one_region;
     bool want_scores;  // some gradient needs dS
     bool stored;       // one region, all of it visible: the first tile of a gradient's rows stores rather than adds
-    WalkOrder order;   // where the products keep sums of a region
+    WalkOrder order;   // of use where the products keep sums of a region
     GradTarget<T> multiplier, bias;
     // Sums of the heads' gradients over several regions, where the caller's tensors cannot take them.
     T *query_sum = nullptr, *key_sum = nullptr, *value_sum = nullptr;

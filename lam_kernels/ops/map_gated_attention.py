@@ -80,7 +80,8 @@ def map_gated_attention(
 
     Numerics: sums, softmax and sigmoid in float32 (float64 for float64) whatever the storage dtype;
     bitwise repeatable for a device and thread count, gate gradients included. No [B, H, T, T]
-    intermediate.
+    intermediate. With a bfloat16 query, AMX and GPUs multiply maps by gates in bfloat16, also gates
+    of another dtype.
 
     Source: GMSA (arXiv 2110.13992), GateAtt; its softmax over the pair of gates is this sigmoid.
     """
