@@ -253,6 +253,12 @@ std::unique_ptr<Problem> random_problem(Random& r, DType dtype) {
   p.B = r.pick(kBatch), p.Hkv = r.pick(kHeads), p.H = p.Hkv * (r.chance(70) ? 1 : 2);
   p.Lq = r.pick(kLengths), p.Lk = r.chance(50) ? p.Lq : r.pick(kLengths);
   p.D = r.chance(3) ? 256 : r.pick(kHead), p.Dv = r.chance(60) ? p.D : r.chance(3) ? 256 : r.pick(kHead);
+  if (r.chance(11)) {  // a head of several regions
+    constexpr int64_t kLong[] = {400, 513}, kNarrow[] = {7, 16};
+    p.B = p.Hkv = p.H = 1;
+    p.Lq = r.pick(kLong), p.Lk = r.chance(50) ? p.Lq : r.pick(kLong);
+    p.D = r.pick(kNarrow), p.Dv = r.pick(kNarrow);
+  }
   p.scale = 1 / std::sqrt(static_cast<double>(p.D));
   p.dropout_p = r.chance(25) ? 0.25 : 0;
   p.dropout_seed = static_cast<int64_t>(r.next() >> 2), p.dropout_offset = static_cast<int64_t>(r.next() >> 2);
