@@ -99,8 +99,11 @@ void narrow_rows(const float* x, int64_t ld, int64_t rows, int64_t padded_rows, 
     const float *even = x + r * ld, *odd = even + ld;
     int64_t c = 0;
     for (; r + 2 <= rows && c + 32 <= cols; c += 32)
-      put(r, c, _mm512_loadu_ps(even + c), _mm512_loadu_ps(odd + c), _mm512_loadu_ps(even + c + 16), _mm512_loadu_ps(odd + c + 16));
-    const auto at = [&](int64_t row, int64_t col) { return row < rows ? float_word(x + row * ld, col, cols) : _mm512_setzero_ps(); };
+      put(r, c, _mm512_loadu_ps(even + c), _mm512_loadu_ps(odd + c), _mm512_loadu_ps(even + c + 16),
+          _mm512_loadu_ps(odd + c + 16));
+    const auto at = [&](int64_t row, int64_t col) {
+      return row < rows ? float_word(x + row * ld, col, cols) : _mm512_setzero_ps();
+    };
     for (; c < padded_cols; c += 32) put(r, c, at(r, c), at(r + 1, c), at(r, c + 16), at(r + 1, c + 16));
   }
 }

@@ -8,6 +8,7 @@
 
 #include "amx_packs.h"
 #include "arena.h"
+#include "schedule.h"
 #include "vec_avx512.h"
 
 namespace lam {
@@ -24,7 +25,7 @@ class AmxGates {
     Staged(const MapGatedAttentionParams& p, bool transposed, Arena& arena) {
       const int64_t padded = round_up(p.Lk, 32), elements = capacity(p.Lk) * padded;
       float* const row = arena.take<float>(padded);
-      uint16_t* const rows = arena.take<uint16_t>((p.Lk + 1) * padded);
+      uint16_t* const rows = arena.take<uint16_t>((p.Lk + 1) * padded);  // rows are made in twos
       whole = arena.take<uint16_t>(elements);
       near = arena.take<uint16_t>(elements);
       if (transposed) whole_t = arena.take<uint16_t>(elements), near_t = arena.take<uint16_t>(elements);
@@ -37,7 +38,8 @@ class AmxGates {
     static int64_t capacity(int64_t T_) { return round_up(T_, 32) + 32; }
 
    private:
-    static void stage(const View& gate, int64_t T_, float factor, float* row, uint16_t* rows, uint16_t* pairs, uint16_t* transposed) {
+    static void stage(const View& gate, int64_t T_, float factor, float* row, uint16_t* rows, uint16_t* pairs,
+                      uint16_t* transposed) {
       const int64_t padded = round_up(T_, 32);
       for (int64_t r = 0; r < T_; ++r) {
         load_row<VecAvx512>(row, at(gate, r * gate.stride[2]), gate.dtype, gate.stride[3], T_);
@@ -53,18 +55,20 @@ class AmxGates {
   // A sum is kept in blocks of 16 rows by 16 columns, each transposed.
   static int64_t sum_elements(int64_t T_) { return round_up(T_, 16) * round_up(T_, 16); }
 
-  static constexpr int64_t kStripRows = 16;
-  static void store_sums(const View& grad, float factor, int64_t T_, int64_t strip, float* sums, int64_t copies, int64_t step) {
+  static constexpr int64_t kRowsStored = 16;
+  static void store_sums(const View& grad, float factor, int64_t T_, int64_t block_row, float* sums, int64_t copies,
+                         int64_t step) {
     const int64_t padded = round_up(T_, 16);
     alignas(64) float block[16 * 16];
-    float* sum = sums + strip * 16 * padded;
+    float* sum = sums + block_row * 16 * padded;
     for (int64_t c = 0; c < padded; c += 16, sum += 256) {
       for (int64_t n = 1; n < copies; ++n)
         for (int64_t k = 0; k < 256; k += 16)
           _mm512_storeu_ps(sum + k, _mm512_add_ps(_mm512_loadu_ps(sum + k), _mm512_loadu_ps(sum + n * step + k)));
       transpose_word_block(sum, 16, block, 16);
-      for (int64_t r = 0; r < min64(16, T_ - strip * 16); ++r)
-        store_row<float>(at_mutable(grad, (strip * 16 + r) * T_ + c), grad.dtype, 1, block + r * 16, factor, min64(16, T_ - c));
+      for (int64_t r = 0; r < min64(16, T_ - block_row * 16); ++r)
+        store_row<float>(at_mutable(grad, (block_row * 16 + r) * T_ + c), grad.dtype, 1, block + r * 16, factor,
+                         min64(16, T_ - c));
     }
   }
 
@@ -77,18 +81,17 @@ class AmxGates {
     if (!backward) return;
     grad_rows_ = arena.take<uint16_t>(round_up(tile_rows, 32) * padded_);
     if (!sums_) return;
-    lines_ = Staged::capacity(T_);  // no power of two, or a column would meet few sets of the cache
     grad_pairs_ = arena.take<uint16_t>(round_up(tile_rows, 32) * padded_);
-    grad_t_ = arena.take<uint16_t>(lines_ * padded_);
+    grad_t_ = arena.take<uint16_t>(padded_ * padded_);
     whole_pairs_ = arena.take<uint16_t>(padded_ * padded_);
     near_pairs_ = arena.take<uint16_t>(padded_ * (padded_ + 32));
-    strips_ = arena.take<Strips>(padded_ / 16 + 2);
+    seen_by_ = arena.take<RowBlocks>(padded_ / 16 + 2);
   }
 
   void open_head() {
     if (!sums_) return;
     memset(near_pairs_, 0, static_cast<size_t>(padded_ * (padded_ + 32)) * sizeof(uint16_t));
-    for (int64_t n = 0; n < padded_ / 16 + 2; ++n) strips_[n] = {padded_ / 32, 0};
+    for (int64_t n = 0; n < padded_ / 16 + 2; ++n) seen_by_[n] = {padded_ / 32, 0};
   }
 
   void whole_logit(int64_t r0, int64_t rows, const float* whole, float* logit, int64_t ld) const {
@@ -101,7 +104,7 @@ class AmxGates {
     const int64_t padded = round_up(cols, 32);
     if (sums_) narrow_rows<true, true>(near, near_ld, rows, padded_, cols, padded, near_pairs_ + lo * padded_ + r * 16, rows_);
     else narrow_rows<false, true>(near, near_ld, rows, rows, cols, padded, nullptr, rows_);
-    for (int64_t n = lo / 16; sums_ && n < (lo + cols + 15) / 16; ++n) strips_[n].include(r / 32);
+    for (int64_t n = lo / 16; sums_ && n < ceil_div(lo + cols, 16); ++n) seen_by_[n].include(r / 32);
     multiply(true, rows, T_, padded, rows_, padded, staged_.near + lo * 16, 16 * Staged::capacity(T_), logit, ld);
   }
 
@@ -112,7 +115,7 @@ class AmxGates {
     for (int64_t c = 0; c < T_; c += 16)
       for (int64_t r = 0; r < block_rows; r += 32)
         transpose_word_block(reinterpret_cast<const float*>(grad_pairs_ + c * block_rows + r * 16), 16,
-                             reinterpret_cast<float*>(grad_t_ + c * lines_ + r0 + r), lines_ / 2);
+                             reinterpret_cast<float*>(grad_t_ + c * padded_ + r0 + r), padded_ / 2);
   }
   void sum_whole(int64_t, const float*, int64_t, float*) const {}
   void sum_near(int64_t, int64_t, int64_t, int64_t, const float*, int64_t, float*) const {}
@@ -123,39 +126,39 @@ class AmxGates {
     multiply(true, rows, cols, padded_, grad_rows_ + s * padded_, padded_, staged_.near_t + lo * padded_, 16 * padded_, grad, ld);
   }
   void close_head(float* whole_sum, float* near_sum) const {
-    const int64_t blocks = (T_ + 15) / 16;
+    const int64_t blocks = ceil_div(T_, 16);
     const auto add = [&](const uint16_t* pairs, int64_t first, int64_t count, int64_t from, int64_t to, float* sum) {
-      amx_gemm(true, blocks, count, to - from, grad_t_ + from * 32, lines_, 32, pairs + first * 16 * padded_ + from * 512,
+      amx_gemm(true, blocks, count, to - from, grad_t_ + from * 32, padded_, 32, pairs + first * 16 * padded_ + from * 512,
                16 * padded_, 512, {sum + first * 256 * blocks, 16, 256, 256 * blocks});
     };
     if (whole_sum != nullptr) add(whole_pairs_, 0, blocks, 0, padded_ / 32, whole_sum);
     for (int64_t n = 0; near_sum != nullptr && n < blocks; n += 2) {
-      const int64_t first = min64(strips_[n].first, strips_[n + 1].first), last = max64(strips_[n].last, strips_[n + 1].last);
+      const int64_t first = min64(seen_by_[n].first, seen_by_[n + 1].first), last = max64(seen_by_[n].last, seen_by_[n + 1].last);
       if (first < last) add(near_pairs_, n, min64(2, blocks - n), first, last, near_sum);
     }
   }
 
  private:
   // Blocks of 32 rows whose local map reaches a block of 16 columns.
-  struct Strips {
+  struct RowBlocks {
     int64_t first, last;
-    void include(int64_t strip) {
-      first = min64(first, strip);
-      last = max64(last, strip + 1);
+    void include(int64_t block) {
+      first = min64(first, block);
+      last = max64(last, block + 1);
     }
   };
 
   static void multiply(bool add, int64_t rows, int64_t cols, int64_t depth, const uint16_t* A, int64_t lda,
                        const uint16_t* pairs, int64_t block, float* C, int64_t ldc) {
-    amx_gemm(add, (rows + 15) / 16, (cols + 15) / 16, depth / 32, A, lda, 32, pairs, block, 512, {C, ldc, 16 * ldc, 16});
+    amx_gemm(add, ceil_div(rows, 16), ceil_div(cols, 16), depth / 32, A, lda, 32, pairs, block, 512, {C, ldc, 16 * ldc, 16});
   }
 
-  int64_t T_, padded_, lines_ = 0;
+  int64_t T_, padded_;
   const Staged& staged_;
   bool sums_;
   uint16_t *rows_, *grad_rows_ = nullptr, *grad_pairs_ = nullptr, *grad_t_ = nullptr;
   uint16_t *whole_pairs_ = nullptr, *near_pairs_ = nullptr;
-  Strips* strips_ = nullptr;
+  RowBlocks* seen_by_ = nullptr;
 };
 
 }  // namespace

@@ -53,14 +53,14 @@ class FmaGates {
   // Elements of the sum of one gate's gradient.
   static int64_t sum_elements(int64_t T_) { return T_ * sum_ld(T_); }
 
-  // grad[i, :] = factor * the copies' sums, for all rows i of strip `strip` of ceil(T / kStripRows)
-  static constexpr int64_t kStripRows = 1;
-  static void store_sums(const View& grad, T factor, int64_t T_, int64_t strip, T* sums, int64_t copies, int64_t step) {
+  // grad[i, :] = factor * the copies' sums, for the kRowsStored rows i from `row` * kRowsStored on
+  static constexpr int64_t kRowsStored = 1;
+  static void store_sums(const View& grad, T factor, int64_t T_, int64_t row, T* sums, int64_t copies, int64_t step) {
     const int64_t ld = sum_ld(T_);
-    T* sum = sums + strip * ld;
+    T* sum = sums + row * ld;
     for (int64_t n = 1; n < copies; ++n)
       for (int64_t c = 0; c < ld; c += V::W) V::store(sum + c, V::add(V::load(sum + c), V::load(sum + n * step + c)));
-    store_row<T>(at_mutable(grad, strip * T_), grad.dtype, 1, sum, factor, T_);
+    store_row<T>(at_mutable(grad, row * T_), grad.dtype, 1, sum, factor, T_);
   }
 
   FmaGates(const MapGatedAttentionParams& p, const Staged& staged, int64_t, bool, Arena&)

@@ -39,7 +39,7 @@ class MapGate {
   struct Sizes {
     Blocking blocking;
     int64_t ld, width, depth;
-    bool maps, gates;  // which gradients need the maps' own; some gate's gradient is wanted
+    bool want_maps, want_gates;  // some gradient needs those of the maps; some gate's is wanted
 
     explicit Sizes(const MapGatedAttentionParams& p) {
       constexpr int64_t R = Products::kRowMultiple, C = Products::kColMultiple;
@@ -52,8 +52,8 @@ class MapGate {
       blocking = {round_up(rows, R), round_up(p.Lk, C), round_up(ceil_div(rows, ceil_div(rows, most)), R), round_up(p.Lk, C)};
       width = round_up(p.Dv, V::W);
       depth = round_up(p.D, V::W);
-      maps = p.grad_query.data || p.grad_key.data;
-      gates = p.grad_gate_global.data || p.grad_gate_local.data;
+      want_maps = p.grad_query.data || p.grad_key.data;
+      want_gates = p.grad_gate_global.data || p.grad_gate_local.data;
     }
   };
 
@@ -68,9 +68,9 @@ class MapGate {
   template <class Body>
   static int run(const MapGatedAttentionParams& p, const Sizes& sizes, bool backward, int64_t tasks,
                  const Body& body) {
-    const int64_t sum = Gates::sum_elements(p.Lk), copies = backward && sizes.gates ? 2 * tasks : 0;
+    const int64_t sum = Gates::sum_elements(p.Lk), copies = backward && sizes.want_gates ? 2 * tasks : 0;
     const auto cut = [&](Arena arena) {
-      const typename Gates::Staged gates(p, backward && sizes.maps, arena);
+      const typename Gates::Staged gates(p, backward && sizes.want_maps, arena);
       return Shared{gates, arena.take<T>(copies * sum), arena.used};
     };
     ScratchBlock shared(cut({}).used);
@@ -95,7 +95,7 @@ class MapGate {
 
   static void finish_gates(const MapGatedAttentionParams& p, T* sums, int64_t tasks) {
     const int64_t sum = Gates::sum_elements(p.Lk);
-    run_tasks(p, 2 * ceil_div(p.Lk, Gates::kStripRows), [&](int64_t, int64_t task) {
+    run_tasks(p, 2 * ceil_div(p.Lk, Gates::kRowsStored), [&](int64_t, int64_t task) {
       const bool whole = task % 2 == 0;
       const View& grad = whole ? p.grad_gate_global : p.grad_gate_local;
       T* const first = whole ? sums : sums + sum;
@@ -273,7 +273,7 @@ class MapGate {
       for (int64_t r0 = 0; r0 < p_.Lq; r0 += s_.blocking.tile_rows) {
         const int64_t rows = min64(s_.blocking.tile_rows, p_.Lq - r0);
         mix(r0, rows);
-        if (s_.maps || s_.gates) slope(r0, rows, whole_sum, near_sum);
+        if (s_.want_maps || s_.want_gates) slope(r0, rows, whole_sum, near_sum);
         products_.take_slopes({0, rows, 0, p_.Lk}, rows, p_.Lk, mixed_, grad_, ld_, wanted);
         products_.accumulate(r0, rows, 0, p_.Lk, wanted, dq, dk, dv, true, r0 == 0);
       }
@@ -319,7 +319,7 @@ class MapGate {
       const Piece& k = kept_[n];
       gates_.sum_near(k.s, k.tile.rows, k.lo, k.tile.cols, k.tile.scores, k.tile.ld, near_sum);
     }
-    if (!s_.maps) return;
+    if (!s_.want_maps) return;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < words * V::W; c += V::W) {
         T* grad = grad_ + r * ld_ + c;

@@ -252,9 +252,10 @@ class Backward {
       for (int64_t r = 0; r < rows; ++r)
         store_words<V>(at_mutable(g, head_offset(g, b, h) + r * g.stride[2]), g.dtype, x.data + r * x.ld, w);
     }
-    static void zero_rows(const View& g, int64_t b, int64_t h, int64_t first, int64_t count, int64_t step, int64_t w) {
+    static void zero_grad_rows(const View& g, int64_t b, int64_t h, int64_t first, int64_t count, int64_t step, int64_t w) {
+      const size_t bytes = static_cast<size_t>(w * size_of(g.dtype));
       for (int64_t r = 0; g.data != nullptr && r < count; ++r)
-        memset(at_mutable(g, head_offset(g, b, h) + (first + r * step) * g.stride[2]), 0, static_cast<size_t>(w * size_of(g.dtype)));
+        memset(at_mutable(g, head_offset(g, b, h) + (first + r * step) * g.stride[2]), 0, bytes);
     }
     template <class Body>
     void each_head(Pairs u, int64_t heads, const Body& body) const {
@@ -342,14 +343,15 @@ class Backward {
           dq = s_.query_rows(s_.query_sum, pair * heads + n, b, h);
         }
         const bool met = region.cols > 0 && differentiate(region, b, h, hk, dq, dk, dv);
-        if (s_.order.queries && !met) s_.zero_rows(p_.grad_query, b, h, region.i0, region.rows, region.step, p_.D);
+        // in order, rows that pass a region by have no other
+        if (s_.order.queries && !met) s_.zero_grad_rows(p_.grad_query, b, h, region.i0, region.rows, region.step, p_.D);
         if (s_.one_region) s_.finish_rows(p_.grad_query, dq, b, h, p_.Lq, p_.D);
       }
       if (entered_) {
         products_.close_pair(b, hk, dk, dv, keys_);
-      } else if (s_.order.keys) {
-        s_.zero_rows(p_.grad_key, b, hk, region.j0, region.cols, region.step, p_.D);
-        s_.zero_rows(p_.grad_value, b, hk, region.j0, region.cols, region.step, p_.Dv);
+      } else if (s_.order.keys) {  // nor have keys
+        s_.zero_grad_rows(p_.grad_key, b, hk, region.j0, region.cols, region.step, p_.D);
+        s_.zero_grad_rows(p_.grad_value, b, hk, region.j0, region.cols, region.step, p_.Dv);
       }
       if (s_.one_region) {
         s_.finish_rows(p_.grad_key, dk, b, hk, p_.Lk, p_.D);

@@ -33,7 +33,8 @@ class AmxProducts {
   AmxProducts(const MaskedAttentionParams& p, const Blocking& s, bool backward, Arena& arena)
       : p_(p), depth_(round_up(p.D, 32)), width_(round_up(p.Dv, 32)) {
     if (arena.base != nullptr) tiles_configure(), configured_ = true;
-    rows_ = s.region_rows + 32;  // no power of two, or all rows of a transposed pack would meet in few sets of the cache
+    // of a full region no power of two, or all rows of a transposed pack would meet in few sets of the cache
+    rows_ = s.region_rows + 32;
     cols_ = s.region_cols + 32;  // packs are read up to a block of 32 columns past the region
     key_pairs_ = arena.take<uint16_t>(cols_ * depth_);
     query_ = arena.take<uint16_t>(rows_ * depth_);
@@ -193,9 +194,10 @@ class AmxProducts {
   static void take(const float* x, int64_t ld, const Strip& strip, int64_t padded_rows, int64_t padded_cols, uint16_t* pairs,
                    uint16_t* rows) {
     const int64_t end = strip.col + round_up(strip.cols, 32);
-    uint16_t *const pairs_to = pairs + strip.row * 16, *const rows_to = rows + strip.row * padded_cols;
-    narrow_rows<kPairs, kRows>(x, ld, strip.rows, padded_rows, strip.cols, padded_cols, pairs_to + strip.col * padded_rows,
-                               rows_to + strip.col);
+    uint16_t* const pairs_to = kPairs ? pairs + strip.row * 16 : nullptr;
+    uint16_t* const rows_to = kRows ? rows + strip.row * padded_cols : nullptr;
+    narrow_rows<kPairs, kRows>(x, ld, strip.rows, padded_rows, strip.cols, padded_cols,
+                               kPairs ? pairs_to + strip.col * padded_rows : nullptr, kRows ? rows_to + strip.col : nullptr);
     const auto clear = [&](int64_t first, int64_t last) {
       if constexpr (kPairs)
         for (int64_t c = first; c < last; c += 16)
@@ -227,9 +229,8 @@ class AmxProducts {
   // Elements [d, d + 16) of row r.
   static void settle(__m512 x, int64_t r, int64_t d, int64_t width, const Destination& to, Share share) {
     const __mmask16 inside = static_cast<__mmask16>(low_bits(width - d));
-    float* const sum = to.sums + r * to.sums_ld + d;
-    if (r < share.met) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(inside, sum));
-    if (r >= share.complete) return _mm512_mask_storeu_ps(sum, inside, x);
+    if (r < share.met) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(inside, to.sums + r * to.sums_ld + d));
+    if (r >= share.complete) return _mm512_mask_storeu_ps(to.sums + r * to.sums_ld + d, inside, x);
     _mm256_mask_storeu_epi16(to.grad + r * to.grad_ld + d, inside, _mm512_castsi512_si256(bf16_words(x, x)));
   }
   void settle_transposed(Sums& from, int64_t width, const Destination& to, Share share) const {
@@ -241,7 +242,8 @@ class AmxProducts {
         for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(to.sums + r * to.sums_ld + d, 1);
       for (int64_t d = 0; d < width; d += 16, sum_t += 256) {
         transpose_word_block(sum_t, 16, block, 16);
-        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k) settle(_mm512_load_ps(block + k * 16), c + k, d, width, to, share);
+        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k)
+          settle(_mm512_load_ps(block + k * 16), c + k, d, width, to, share);
       }
     }
   }
@@ -250,7 +252,8 @@ class AmxProducts {
   bool configured_ = false;
   int64_t depth_, width_, rows_, cols_;
   uint16_t *key_pairs_, *query_, *weights_, *value_rows_ = nullptr;
-  uint16_t *value_pairs_ = nullptr, *key_rows_ = nullptr, *query_t_ = nullptr, *weight_pairs_ = nullptr, *score_grad_pairs_ = nullptr;
+  uint16_t *value_pairs_ = nullptr, *key_rows_ = nullptr, *query_t_ = nullptr;
+  uint16_t *weight_pairs_ = nullptr, *score_grad_pairs_ = nullptr;
   Sums dq_, dk_t_, dv_t_;
   GradOut grad_out_;
   Region region_{};

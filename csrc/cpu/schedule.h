@@ -107,7 +107,8 @@ void walk_regions(const MaskedAttentionParams& p, int64_t max_rows, int64_t max_
 }
 
 // What regions that come in order know of each other: where a gradient's rows are met in order, those that nothing was added
-// to yet are stored, and complete ones are done with. Where they are met once, no sums of them outlive a region.
+// to yet are stored, and complete ones are done with. Where they are met once, no sums of them outlive a region. Rows that
+// come in another order, or keys that nobody sees, need sums that are cleared before and stored after.
 struct WalkOrder {
   bool queries = false, keys = false;
   bool queries_once = false, keys_once = false;
@@ -133,7 +134,7 @@ struct WalkOrder {
       if (place.last) keys = keys && end >= hi, hi = end;
     });
     // every key is in a class that some query meets
-    keys = keys && hi >= p.Lk && only.step <= p.Lq;
+    keys = keys && hi >= p.Lk && only.step > 0 && only.step <= p.Lq;
     keys_once = keys_once && keys;
     // a head may pass by regions that others see
     queries = queries_once || p.n_patterns <= 1;

@@ -57,7 +57,7 @@ class Norms(NamedTuple):
     inverse: Tensor
     near_largest: Tensor
     near_inverse: Tensor
-    share: Tensor  # 1 / the sum of a row of the mixed map; only with renormalise
+    share: Tensor  # 1 / the sum of a row of the rounded mixed map; only with renormalise
     along: Tensor  # rowsum(dO * O); only with renormalise
 
 
