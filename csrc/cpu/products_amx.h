@@ -127,9 +127,16 @@ class AmxProducts {
     if (p_.grad_query.data == nullptr) return;
     const Destination to = destination(p_.grad_query, b, h, region_.i0, dq);
     dq_.clear_until(ceil_div(region_.rows, 16));
-    for (int64_t r = 0; r < region_.rows; ++r)
-      for (int64_t d = 0; d < p_.D; d += 16)
-        settle(_mm512_loadu_ps(dq_.of(r / 16) + d * 16 + r % 16 * 16), r, d, p_.D, to, share);
+    for (int64_t r = 0; r < region_.rows; ++r) {
+      const float* row = dq_.of(r / 16) + r % 16 * 16;
+      if (r >= share.met && r < share.complete)
+        for (int64_t d = 0; d < p_.D; d += 32) {
+          const __m512 next = d + 16 < p_.D ? _mm512_loadu_ps(row + (d + 16) * 16) : _mm512_setzero_ps();
+          write(bf16_words(_mm512_loadu_ps(row + d * 16), next), to.grad + r * to.grad_ld + d, p_.D - d);
+        }
+      else
+        for (int64_t d = 0; d < p_.D; d += 16) settle(_mm512_loadu_ps(row + d * 16), r, d, p_.D, to, share);
+    }
   }
 
   // Weights and gradients of the scores of a strip, for the gradients that are wanted.
@@ -233,18 +240,41 @@ class AmxProducts {
     if (r >= share.complete) return _mm512_mask_storeu_ps(to.sums + r * to.sums_ld + d, inside, x);
     _mm256_mask_storeu_epi16(to.grad + r * to.grad_ld + d, inside, _mm512_castsi512_si256(bf16_words(x, x)));
   }
+  // to[0, min(32, left)) = words
+  static void write(__m512i words, uint16_t* to, int64_t left) {
+    _mm512_mask_storeu_epi16(to, static_cast<__mmask32>(low_bits(min64(32, left))), words);
+  }
   void settle_transposed(Sums& from, int64_t width, const Destination& to, Share share) const {
     from.clear_until(ceil_div(region_.cols, 16));
     const float* sum_t = from.data;
     alignas(64) float block[16 * 16];
-    for (int64_t c = 0; c < region_.cols; c += 16) {
+    for (int64_t c = 0; c < region_.cols; c += 16, sum_t += 256 * from.width) {
+      const int64_t rows = min64(16, region_.cols - c);
+      if (c >= share.met && c + rows <= share.complete) {
+        write_transposed(sum_t, width, rows, to.grad + c * to.grad_ld, to.grad_ld);
+        continue;
+      }
       for (int64_t r = c + 16; r < min64(c + 32, share.met); ++r)  // sums of the next block, called for early
         for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(to.sums + r * to.sums_ld + d, 1);
-      for (int64_t d = 0; d < width; d += 16, sum_t += 256) {
-        transpose_word_block(sum_t, 16, block, 16);
-        for (int64_t k = 0; k < min64(16, region_.cols - c); ++k)
-          settle(_mm512_load_ps(block + k * 16), c + k, d, width, to, share);
+      for (int64_t d = 0; d < width; d += 16) {
+        transpose_word_block(sum_t + d * 16, 16, block, 16);
+        for (int64_t k = 0; k < rows; ++k) settle(_mm512_load_ps(block + k * 16), c + k, d, width, to, share);
       }
+    }
+  }
+  // Up to 16 rows out of transposed sums that are all there is of them: in pairs, to transpose half as much.
+  static void write_transposed(const float* sum_t, int64_t width, int64_t rows, uint16_t* to, int64_t ld) {
+    alignas(64) float pairs[16 * 16], block[16 * 16];
+    for (int64_t d = 0; d < width; d += 32) {
+      const int64_t blocks = d + 16 < width ? 16 : 8;
+      for (int64_t k = 0; k < 16; ++k) {
+        const float* even = sum_t + (d + 2 * k) * 16;
+        const __m512i words = k < blocks ? in_pairs(bf16_words(_mm512_loadu_ps(even), _mm512_loadu_ps(even + 16)))
+                                         : _mm512_setzero_si512();
+        _mm512_store_si512(pairs + k * 16, words);
+      }
+      transpose_word_block(pairs, 16, block, 16);
+      for (int64_t k = 0; k < rows; ++k) write(_mm512_load_si512(block + k * 16), to + k * ld + d, width - d);
     }
   }
 
