@@ -94,7 +94,7 @@ fmt: $(VENV)/installed
 bench: build
 	$(call timed,bench,$(BIN)/python -m bench run && $(BIN)/python -m bench report --into README.md --picture bench/results/overview.png)
 
-# every held target, under both allocators: twenty minutes
+# every held target, under both allocators: ten to twenty minutes
 bench-targets: build
 	$(call timed,bench,for set in foundation low-rank windows two-maps; do $(BIN)/python -m bench run --set $$set || exit; done; \
 	  $(BIN)/python -m bench table --brief --output bench/results/targets-$$($(BIN)/python -c \
